@@ -1,0 +1,114 @@
+"""Budgets: how many units each layer and axis loses so that the whole meets the amount asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pared.accounting import AMOUNTS, Account, account, block_count, cache_entries
+from pared.errors import UsageError
+from pared.structure import Layout
+
+Sizes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much to remove: a share in (0, 1) of `of`."""
+
+    remove: float
+    of: str = "block-params"
+
+    def __post_init__(self) -> None:
+        if self.of not in AMOUNTS:
+            raise UsageError(f"can not remove a share of {self.of!r}", where="--of", fix=f"one of {', '.join(AMOUNTS)}")
+        if not isinstance(self.remove, int | float) or not math.isfinite(self.remove) or not 0 < self.remove < 1:
+            raise UsageError(
+                f"the share to remove must lie between 0 and 1, and is {self.remove}", where="--remove", fix="for a fifth: --remove 0.2"
+            )
+
+
+@dataclass
+class Budget:
+    """Counts what candidate shapes leave, and knows what was asked for.
+
+    protected: layers that stay as they are. experts_used: experts that each token visits, for flops.
+    """
+
+    layout: Layout
+    amount: Amount
+    axes: tuple[str, ...]
+    protected: frozenset[int] = frozenset()
+    align: int | None = None
+    context: int = 1024
+    experts_used: int | None = None
+    before: Account = field(init=False)
+    target: float = field(init=False)
+    _blocks: dict[tuple[object, ...], int] = field(default_factory=dict, init=False)
+    _kinds: list[tuple[object, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.before = self.count()
+        self.target = self.amount.remove * self.before.amount(self.amount.of)
+        self._kinds = [
+            tuple((self.layout.local(n), self.layout.tensors[n].text) for n in self.layout.block_tensors(i))
+            for i in range(self.layout.num_layers)
+        ]
+        if self.amount.of == "kv-cache" and self.before.kv_cache == 0:
+            raise UsageError("this model has no key-value cache to shrink", where="--of kv-cache")
+
+    def count(self, layers: Sequence[tuple[int, Mapping[str, int]]] | None = None, hidden: int | None = None) -> Account:
+        return account(
+            self.layout, layers, hidden=hidden, context=self.context, experts_used=self.experts_used
+        )
+
+    def block_amount(self, layer: int, sizes: Mapping[str, int], hidden: int | None = None) -> int:
+        """The amount that one block holds under given sizes (those not named are as they are)."""
+        full = {**self.layout.sizes_at(layer), **sizes, **({} if hidden is None else {"hidden": hidden})}
+        key = (self._kinds[layer], tuple(sorted(full.items())))
+        if key not in self._blocks:
+            params, flops = block_count(self.layout, layer, full, context=self.context, experts_used=self.experts_used)
+            self._blocks[key] = {
+                "params": params,
+                "block-params": params,
+                "flops": flops,
+                "kv-cache": cache_entries(self.layout, layer, full),
+            }[self.amount.of]
+        return self._blocks[key]
+
+    def outside_amount(self, hidden: int | None = None) -> int:
+        """The amount that lies outside of the blocks."""
+        total = self.count([], hidden)
+        return total.amount(self.amount.of)
+
+    def left(self, layers: Sequence[tuple[int, Mapping[str, int]]], hidden: int | None = None) -> int:
+        """The amount that a whole shape leaves."""
+        return self.outside_amount(hidden) + sum(self.block_amount(i, s, hidden) for i, s in layers)
+
+    def removed(self, layers: Sequence[tuple[int, Mapping[str, int]]], hidden: int | None = None) -> int:
+        return self.before.amount(self.amount.of) - self.left(layers, hidden)
+
+    @property
+    def width_axes(self) -> list[str]:
+        """Requested axes with many small units: FFN channels of any kind."""
+        return [a for a in self.axes if a.endswith("ffn")]
+
+    def step(self, axis: str) -> int:
+        """The multiple that kept units of an axis are rounded to."""
+        n = max(s.get(axis, 1) for s in (self.layout.sizes_at(i) for i in range(self.layout.num_layers)))
+        if not (axis.endswith("ffn") or axis == "hidden"):
+            return 1
+        if self.align is not None:
+            return self.align
+        # Kernels like round numbers, and the budget wants fine steps: a power of two under 1% of the axis.
+        return max(1, min(64, 2 ** int(math.log2(max(1, n // 128)))))
+
+    def unreachable(self, most: float) -> UsageError:
+        """The error for an amount that these axes can not give; most: the largest share that they can."""
+        return UsageError(
+            f"removing {self.amount.remove:.1%} of {self.amount.of} is out of reach: "
+            f"{', '.join(self.axes)} can give between 0% and {most:.1%}",
+            where="--remove",
+            fix="ask for less, add structures, or use a smaller --align",
+        )

@@ -1,0 +1,103 @@
+"""Global allocation: units of all layers and axes compete, the cheapest loss for its size goes first."""
+
+from __future__ import annotations
+
+import heapq
+
+import torch
+from torch import Tensor
+
+from pared.budget import Budget, Sizes
+from pared.estimate import Scores
+
+
+def allocate_ranked(budget: Budget, scores: Scores) -> dict[int, Sizes]:
+    """Sizes for every layer (the axes that change). Removes at least the amount asked for, by less than one last step.
+
+    Query heads go one from every KV group at a time, channels in experts one from every expert, FFN channels in
+    aligned steps. Every layer keeps at least one unit of each axis.
+    """
+    layout = budget.layout
+    sizes = {i: {a: layout.sizes_at(i)[a] for a in budget.axes if (i, a) in scores.of} for i in range(layout.num_layers)}
+    ladders = {
+        (i, a): _steps(budget, scores, i, a)
+        for i, own in sizes.items()
+        if i not in budget.protected
+        for a in own
+    }
+    at = dict.fromkeys(ladders, 0)
+    heap: list[tuple[float, int, str, int]] = []
+
+    def push(i: int, a: str) -> None:
+        if at[i, a] < len(ladders[i, a]):
+            score, after = ladders[i, a][at[i, a]]
+            saved = _saves(budget, i, a, after, sizes[i])
+            if saved > 0:
+                heapq.heappush(heap, (score / saved if scores.comparable else score, i, a, at[i, a]))
+
+    for i, a in ladders:
+        push(i, a)
+    removed = 0
+    while heap and removed < budget.target:
+        _, i, a, step = heapq.heappop(heap)
+        if step != at[i, a]:
+            continue
+        after = ladders[i, a][step][1]
+        removed += _saves(budget, i, a, after, sizes[i])
+        sizes[i][a] = after
+        at[i, a] += 1
+        # What attention saves depends on both of its axes: prices of the other one are renewed.
+        for other in ("kv", "query") if a in ("kv", "query") else (a,):
+            if (i, other) in ladders:
+                push(i, other)
+    if removed < budget.target:
+        raise budget.unreachable(removed / budget.before.amount(budget.amount.of))
+    _give_back(budget, sizes, ladders, at, removed)
+    return sizes
+
+
+def _saves(budget: Budget, i: int, axis: str, after: int, now: Sizes) -> int:
+    return budget.block_amount(i, now) - budget.block_amount(i, {**now, axis: after})
+
+
+def _steps(budget: Budget, scores: Scores, i: int, axis: str) -> list[tuple[float, int]]:
+    """For one (layer, axis), the steps down: (score that the step gives up, units left after it)."""
+    n = budget.layout.sizes_at(i)[axis]
+    value = scores.of[i, axis]
+    if not scores.comparable:
+        value = standardise(value)
+    rows = value.reshape(-1, n).sort(dim=1).values
+    order = rows.sum(0) if scores.comparable else rows.mean(0)
+    step = budget.step(axis)
+    levels = [m for m in range(n - 1, 0, -1) if m % step == 0]
+    out, left = [], n
+    for m in levels:
+        part = order[n - left : n - m]
+        out.append((float(part.sum() if scores.comparable else part.mean()), m))
+        left = m
+    return out
+
+
+def standardise(value: Tensor) -> Tensor:
+    """Zero mean and unit variance over one (layer, axis): FLAP's way to let layers compete (arXiv:2312.11983, eq. 6)."""
+    return (value - value.mean()) / value.std().clamp(min=1e-12) if value.numel() > 1 else torch.zeros_like(value)
+
+
+def _give_back(
+    budget: Budget, sizes: dict[int, Sizes], ladders: dict[tuple[int, str], list[tuple[float, int]]], at: dict[tuple[int, str], int], removed: int
+) -> None:
+    """Undo the dearest steps that the budget did not need (the last coarse step may have overshot by many small ones)."""
+    undone = True
+    while undone:
+        undone = False
+        for (i, a), step in sorted(at.items(), key=lambda item: -ladders[item[0]][item[1] - 1][0] if item[1] else 0.0):
+            if step == 0:
+                continue
+            before = ladders[i, a][step - 2][1] if step > 1 else budget.layout.sizes_at(i)[a]
+            saved = budget.block_amount(i, {**sizes[i], a: before}) - budget.block_amount(i, sizes[i])
+            if removed - saved >= budget.target:
+                removed -= saved
+                sizes[i][a] = before
+                at[i, a] = step - 1
+                undone = True
+                break

@@ -1,0 +1,126 @@
+"""Uniform allocation: every layer that is not protected gets the same sizes, as balanced as the units allow.
+
+Axes with few units (KV groups, query heads, layers) come in coarse steps; axes with many (FFN channels) make up the
+rest, so that the budget is met from above with less than one step to spare.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from pared.budget import Budget, Sizes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes for every layer that stays (source layer -> sizes that change), and the hidden channels that stay."""
+
+    sizes: Sizes
+    layers: int
+    hidden: int | None
+    removed: int
+
+
+def allocate_uniform(budget: Budget) -> Shape:
+    """The most balanced uniform shape that removes at least the amount asked for."""
+    best: tuple[float, Shape] | None = None
+    most = 0.0
+    total = budget.before.amount(budget.amount.of)
+    for coarse in _coarse_levels(budget):
+        shape = _fill(budget, coarse)
+        most = max(most, shape.removed / total)
+        if shape.removed < budget.target:
+            continue
+        penalty = _imbalance(budget, shape) + 10 * (shape.removed - budget.target) / total
+        if best is None or penalty < best[0] - 1e-12:
+            best = penalty, shape
+    if best is None:
+        raise budget.unreachable(most)
+    return best[1]
+
+
+def layers_under(budget: Budget, sizes: Sizes, kept: int) -> list[tuple[int, Sizes]]:
+    """A stand-in list of kept layers, for counting: which layers go is the scores' business, and all that may go are alike."""
+    layout = budget.layout
+    free = [i for i in range(layout.num_layers) if i not in budget.protected]
+    gone = set(free[: layout.num_layers - kept])
+    return [
+        (i, {} if i in budget.protected else {a: n for a, n in sizes.items() if a in layout.sizes_at(i)})
+        for i in range(layout.num_layers)
+        if i not in gone
+    ]
+
+
+def _coarse_levels(budget: Budget) -> list[dict[str, int]]:
+    layout = budget.layout
+    sizes = {**layout.sizes, **layout.layer_sizes[_typical(budget)]}
+    choices: dict[str, list[int]] = {}
+    for axis in budget.axes:
+        if axis in ("kv", "query", "expert"):
+            choices[axis] = list(range(sizes[axis], 0, -1))
+        elif axis == "layer":
+            free = layout.num_layers - len(budget.protected)
+            choices[axis] = list(range(layout.num_layers, max(len(budget.protected), layout.num_layers - free), -1))
+        elif axis == "hidden":
+            step = budget.step(axis) if budget.width_axes else 1 if budget.align is None else budget.align
+            levels = [n for n in range(sizes["hidden"], 0, -1) if n == sizes["hidden"] or n % step == 0]
+            choices[axis] = levels[:: max(1, len(levels) // 512)]
+    return [dict(zip(choices, c, strict=True)) for c in itertools.product(*choices.values())]
+
+
+def _typical(budget: Budget) -> int:
+    return next((i for i in range(budget.layout.num_layers) if i not in budget.protected), 0)
+
+
+def _fill(budget: Budget, coarse: dict[str, int]) -> Shape:
+    """Complete coarse sizes by the widest FFN that still meets the budget."""
+    layout = budget.layout
+    hidden = coarse.get("hidden")
+    kept = coarse.get("layer", layout.num_layers)
+    base = {a: n for a, n in coarse.items() if a not in ("hidden", "layer")}
+    full = layout.sizes_at(_typical(budget))
+    ladders = {a: _ladder(full[a], budget.step(a)) for a in budget.width_axes if a in full}
+
+    def at(share: float) -> Sizes:
+        """All FFN axes narrowed by the same share."""
+        return {a: rungs[min(len(rungs) - 1, round(share * (len(rungs) - 1)))] for a, rungs in ladders.items()}
+
+    def removed(share: float) -> int:
+        return budget.removed(layers_under(budget, {**base, **at(share)}, kept), hidden)
+
+    steps = max((len(r) - 1 for r in ladders.values()), default=0)
+    low, high = 0, steps
+    while low < high:
+        middle = (low + high) // 2
+        if removed(middle / steps) >= budget.target:
+            high = middle
+        else:
+            low = middle + 1
+    share = low / steps if steps else 0.0
+    return Shape({**base, **at(share)}, kept, hidden, removed(share))
+
+
+def _ladder(n: int, step: int) -> list[int]:
+    """Sizes that an axis may shrink to, widest first."""
+    return [n, *(m for m in range(n - 1, 0, -1) if m % step == 0)]
+
+
+def _imbalance(budget: Budget, shape: Shape) -> float:
+    """How unlike the shares are that the kinds of structure lose: attention, FFN, hidden, depth."""
+    full = budget.layout.sizes_at(_typical(budget))
+    lost: list[float] = []
+    if {"kv", "query"} & set(budget.axes):
+        kv, query = shape.sizes.get("kv", full["kv"]) / full["kv"], shape.sizes.get("query", full["query"]) / full["query"]
+        lost.append(1 - kv * query)
+    lost.extend(1 - shape.sizes[a] / full[a] for a in budget.width_axes if a in shape.sizes)
+    lost.extend(1 - shape.sizes["expert"] / full["expert"] for a in budget.axes if a == "expert")
+    if "hidden" in budget.axes and shape.hidden is not None:
+        lost.append(1 - shape.hidden / full["hidden"])
+    if "layer" in budget.axes:
+        lost.append(1 - shape.layers / budget.layout.num_layers)
+    mean = sum(lost) / len(lost)
+    spread = sum(abs(x - mean) for x in lost) / len(lost)
+    # Among equals, thin out query heads before giving up whole KV groups: it was measured to cost less.
+    groups = 1 - shape.sizes.get("kv", full.get("kv", 1)) / full.get("kv", 1) if "query" in budget.axes else 0.0
+    return spread + 1e-3 * groups

@@ -1,0 +1,218 @@
+"""Scores: every structure's importance under one criterion, computed block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pared.calibration import Batch
+from pared.criteria import Criterion, Group, Moments, Stats
+from pared.errors import ModelError, UsageError
+from pared.stream import Stream, WeightGradients, forward_with_loss, next_token_loss, observed, unpadded, walk_back
+from pared.structure import Layout
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """The progress that shows nothing."""
+
+
+@dataclass
+class Scores:
+    """Importance, larger = keep. of: (layer, axis) -> fp32 [units]; layer is None for "hidden" and for "layer".
+
+    Units of a nested axis count parent-major: query head q of KV group k is unit k * query + q.
+    """
+
+    of: dict[tuple[int | None, str], Tensor] = field(default_factory=dict)
+    comparable: bool = False
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with one tensor for each (layer, axis)."""
+        data = {axis if layer is None else f"layers.{layer}.{axis}": t.contiguous() for (layer, axis), t in self.of.items()}
+        save_file(data, str(path), metadata={"format": "pared-scores/1", "comparable": str(self.comparable)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        out = cls()
+        with safe_open(str(path), framework="pt") as f:
+            metadata = f.metadata() or {}
+            if metadata.get("format") != "pared-scores/1":
+                raise UsageError("not a file of scores", where=path)
+            out.comparable = metadata.get("comparable") == "True"
+            for name in f.keys():  # noqa: SIM118  (safe_open is no mapping)
+                parts = name.split(".")
+                out.of[(int(parts[1]), parts[2]) if parts[0] == "layers" else (None, name)] = f.get_tensor(name)
+        return out
+
+
+def estimate(
+    stream: Stream,
+    criterion: Criterion,
+    axes: Sequence[str],
+    batches: Sequence[Batch],
+    *,
+    reduction: str = "sum",
+    seed: int = 0,
+    layers_to_remove: int = 0,
+    progress: Progress = silent,
+) -> Scores:
+    """Score every unit of the given axes in every layer.
+
+    axes: names of axes, and "layer". Hidden channels are scored by what all blocks together hold of them.
+    layers_to_remove: how far a criterion that searches over removals has to go. batches may be empty for a criterion
+    that needs the weights alone.
+    """
+    if criterion.axes is not None and (odd := [a for a in axes if a not in criterion.axes]):
+        raise UsageError(
+            f"the criterion {criterion.name!r} does not score {', '.join(odd)}",
+            fix=f"it scores {', '.join(criterion.axes)}; pared ls criteria lists the others",
+        )
+    batches = unpadded(batches)
+    scores = Scores(comparable=criterion.comparable)
+    if criterion.needs == "removal":
+        _search_removals(stream, criterion, batches, layers_to_remove, scores, progress)
+        return scores
+
+    def score(i: int, block: nn.Module, stats: Stats) -> None:
+        stats.seed = seed
+        for axis in axes:
+            group = make_group(stream.layout, axis, i, dict(block.named_parameters()), reduction)
+            if group is not None:
+                value = criterion.function(group, stats).detach().float().cpu()
+                if value.shape != (group.units,) or not torch.isfinite(value).all():
+                    raise ModelError(f"the criterion {criterion.name!r} gave no finite score for {axis} in layer {i}")
+                _put(scores, axis, i, value, stream.num_layers)
+
+    if criterion.needs == "weights":
+        for i in range(stream.num_layers):
+            with stream.block(i) as block, torch.no_grad():
+                score(i, block, Stats())
+            progress("scores", i + 1, stream.num_layers)
+    elif criterion.needs == "activations":
+        stream.forward(batches, _activation_visitor(stream, axes, score, progress))
+    else:
+        squared = criterion.needs == "squared-gradients"
+        state = forward_with_loss(stream, batches)
+
+        def visit(i: int, block: nn.Module, found: WeightGradients) -> None:
+            score(i, block, Stats(gradients=found.first, squared=found.squared))
+            progress("gradients", stream.num_layers - i, stream.num_layers)
+
+        walk_back(stream, batches, state, visit, squared=squared)
+    return scores
+
+
+def _put(scores: Scores, axis: str, layer: int, value: Tensor, num_layers: int) -> None:
+    if axis == "layer":
+        scores.of.setdefault((None, "layer"), torch.zeros(num_layers))[layer] = value[0]
+    elif axis == "hidden":
+        scores.of[(None, "hidden")] = scores.of.get((None, "hidden"), torch.zeros_like(value)) + value
+    else:
+        scores.of[(layer, axis)] = value
+
+
+def make_group(
+    layout: Layout, axis: str, layer: int, weights: Mapping[str, Tensor], reduction: str = "sum"
+) -> Group | None:
+    """The structures of one axis in one block; None where the block has none. weights: by name inside the block."""
+    sizes = layout.sizes_at(layer)
+    axes = (layout.parents[axis], axis) if axis in layout.parents else (axis,)
+    held, signatures, inputs = {}, {}, {}
+    for name in layout.block_tensors(layer):
+        signature, local = layout.tensors[name], layout.local(name)
+        if local not in weights or not (axis == "layer" or set(axes) <= signature.axes):
+            continue
+        held[local], signatures[local] = weights[local], signature
+        dim = layout.consumers.get(name)
+        if dim is not None and axis in signature.axes and dim in signature.dims_of(axis):
+            inputs[local] = dim
+    if not held:
+        return None
+    units = 1
+    for a in axes if axis != "layer" else ():
+        units *= sizes[a]
+    return Group(axis, axes, units, layer, held, signatures, sizes, inputs, reduction)
+
+
+def _activation_visitor(
+    stream: Stream, axes: Sequence[str], score: Callable[[int, nn.Module, Stats], None], progress: Progress
+) -> Callable[[int, nn.Module, list[Tensor]], list[Tensor]]:
+    def visit(i: int, block: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
+        weights = dict(block.named_parameters())
+        watched: dict[str, Moments] = {}
+        for axis in axes:
+            group = make_group(stream.layout, axis, i, weights)
+            for name, dim in (group.inputs if group else {}).items():
+                w = weights[name]
+                watched.setdefault(name, Moments.zeros(w.shape[dim], w.shape[0] if w.ndim == 3 else None))
+
+        def observe(name: str, x: Tensor, expert: int | None) -> None:
+            watched[name].add(x, expert)
+
+        cosine, tokens, out = 0.0, 0, []
+        with observed(block, list(watched), observe):
+            for h in hidden:
+                after = stream.run(block, i, h)
+                cosine += float(F.cosine_similarity(h.float(), after.float(), dim=-1).sum())
+                tokens += h.shape[0] * h.shape[1]
+                out.append(after)
+        score(i, block, Stats(moments=watched, cosine=cosine / tokens))
+        progress("activations", i + 1, stream.num_layers)
+        return out
+
+    return visit
+
+
+def _search_removals(
+    stream: Stream, criterion: Criterion, batches: Sequence[Batch], wanted: int, scores: Scores, progress: Progress
+) -> None:
+    """Remove the layer whose absence costs least, measure all again, and so on: the order becomes the score.
+
+    One pass over the blocks for each removal: every candidate's hidden states travel side by side.
+    """
+    wanted = max(1, wanted)
+    entered = stream.embed(batches)
+    gone: list[int] = []
+    for done in range(wanted):
+        losses = _losses_without(stream, batches, entered, gone)
+        gone.append(min(losses, key=lambda k: losses[k]))
+        progress("removals", done + 1, wanted)
+    value = torch.zeros(stream.num_layers)
+    for layer in range(stream.num_layers):
+        # Losses of later rounds are those of smaller models, so layers that went keep their order, below all others.
+        without = gone.index(layer) - wanted if layer in gone else losses[layer]
+        group = Group("layer", ("layer",), 1, layer, {}, {}, {}, {})
+        value[layer] = criterion.function(group, Stats(loss_without=without))[0]
+    scores.of[(None, "layer")] = value
+
+
+def _losses_without(stream: Stream, batches: Sequence[Batch], entered: list[Tensor], gone: list[int]) -> dict[int, float]:
+    """Mean loss with each further layer left out."""
+    paths: dict[int | None, list[Tensor]] = {None: entered}
+    for i in range(stream.num_layers):
+        if i in gone:
+            continue
+        before = paths[None]
+        with stream.block(i) as block, torch.no_grad():
+            paths = {k: [stream.run(block, i, h) for h in hidden] for k, hidden in paths.items()}
+        paths[i] = before
+    tokens = sum(b.input_ids.shape[0] * (b.input_ids.shape[1] - 1) for b in batches)
+    losses = {}
+    with stream.outside(front=False), torch.no_grad():
+        for candidate, hidden in paths.items():
+            if candidate is not None:
+                total = sum(
+                    float(next_token_loss(stream.logits(h), b.input_ids.to(h.device)))
+                    for h, b in zip(hidden, batches, strict=True)
+                )
+                losses[candidate] = total / tokens
+    return losses

@@ -1,0 +1,297 @@
+"""Building causal language models from a config: uniform ones, and per-layer ones whose blocks differ in size.
+
+Nothing here patches sizes into live modules: every block is made by its own class from its own config, on the
+meta device, and weights are assigned into it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as hf_logging
+
+from pared.checkpoint import Checkpoint
+from pared.errors import ModelError
+
+PER_LAYER = "per_layer_config"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Buffers that older releases of transformers saved; their content follows from the config.
+OBSOLETE = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn(ention)?\.(masked_)?bias)$")
+
+# What the config classes and constructors of transformers raise when sizes do not fit.
+REJECTED = (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError)
+
+PerLayer = dict[int, dict[str, Any]]
+
+
+def make_config(data: Mapping[str, Any]) -> tuple[PreTrainedConfig, PerLayer]:
+    """The global config and the per-layer overrides of a parsed config.json."""
+    data = {k: v for k, v in data.items() if k != "quantization_config"}
+    per_layer = {int(i): dict(o) for i, o in (data.pop(PER_LAYER, None) or {}).items()}
+    model_type = data.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"transformers does not know the model type {model_type!r}",
+            where="config.json",
+            fix="check model_type, or upgrade transformers",
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(data), per_layer
+    except REJECTED as error:
+        raise ModelError(f"transformers rejects the config: {error}", where="config.json") from error
+
+
+def layer_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config that one block is built from."""
+    own = copy.copy(config)
+    for key, value in overrides.items():
+        if key != "skip":
+            setattr(own, key, value)
+    return own
+
+
+def skeleton(config: PreTrainedConfig, per_layer: PerLayer | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model on the meta device: names, shapes and code, no weights."""
+    with torch.device("meta"), _default_dtype(dtype), hf_quiet():
+        try:
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        except (*REJECTED, RuntimeError) as error:
+            raise ModelError(f"transformers can not build this model: {error}", where=f"model type {config.model_type!r}") from error
+        if per_layer:
+            _, layers = blocks(model)
+            for i, overrides in sorted(per_layer.items()):
+                layers[i] = make_block(layers[i], layer_config(model.config, overrides), i)
+            _attach_per_layer(model, per_layer)
+    return model.eval()
+
+
+def make_block(like: nn.Module, config: PreTrainedConfig, index: int) -> nn.Module:
+    """A decoder block of the class of `like`, made from its own config."""
+    takes = [p.name for p in list(inspect.signature(type(like).__init__).parameters.values())[1:]]
+    arguments = [config] if len(takes) == 1 else [config, index]
+    return type(like)(*arguments).eval()
+
+
+def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks and its name, found as the module list that has one entry for each layer."""
+    wanted = model.config.get_text_config().num_hidden_layers
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
+    if not found:
+        raise ModelError(f"no list of {wanted} decoder blocks in {type(model).__name__}", fix="pared prunes decoder-only language models")
+    return min(found, key=lambda item: item[0].count("."))
+
+
+def _attach_per_layer(model: PreTrainedModel, per_layer: PerLayer) -> None:
+    """Make the model's config carry the per-layer form, so that save_pretrained writes it."""
+    base = type(model.config)
+
+    # transformers writes this reading permission into config.json, where it would let a stock transformers build
+    # uniform layers without a word: it stays with the live object alone.
+    class PerLayerConfig(base):  # type: ignore[misc, valid-type]
+        def to_dict(self) -> dict[str, Any]:
+            data = super().to_dict()
+            data.pop("allow_global_per_layer_attribute_access", None)
+            return data
+
+    PerLayerConfig.__name__ = base.__name__
+    for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
+        config.__class__ = PerLayerConfig
+        config.allow_global_per_layer_attribute_access = True
+        config.per_layer_config = copy.deepcopy(per_layer)
+
+
+def expected_tensors(data: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes, as on disk, of the tensors that a checkpoint with this config.json must hold."""
+    model = skeleton(*make_config(data))
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    state = {k: v for k, v in model.state_dict().items() if k not in tied}
+    return {k: tuple(v.shape) for k, v in revert_weight_conversion(model, state).items()}
+
+
+class Weights:
+    """Moves weights between a checkpoint on disk and a model's modules, part by part, through transformers' key conversion."""
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+        self.checkpoint, self.model = checkpoint, model
+        self._mapping = get_model_conversion_mapping(model)
+        state = model.state_dict()
+        renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
+        self.disk_names: dict[str, list[str]] = {}
+        unexpected: list[str] = []
+        converted = False
+        for name in checkpoint.tensors:
+            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+            if target not in state and name in state:
+                target = name
+            if target in state:
+                self.disk_names.setdefault(target, []).append(name)
+                converted |= pattern is not None
+            elif not OBSOLETE.search(name):
+                unexpected.append(name)
+        self._check(state, unexpected, converted)
+        for m in self._mapping:
+            m.collected_tensors.clear()
+
+    def _check(self, state: Mapping[str, Tensor], unexpected: list[str], converted: bool) -> None:
+        tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        missing = [] if converted else [n for n in state if n not in self.disk_names and n not in tied]
+        where = self.checkpoint.path
+        if missing:
+            raise ModelError(f"{len(missing)} tensors are missing, the first is {missing[0]}", where=where, fix="download the checkpoint again")
+        if unexpected:
+            raise ModelError(
+                f"{len(unexpected)} tensors do not belong to a {type(self.model).__name__}, the first is {unexpected[0]}",
+                where=where,
+                fix="check model_type and the number of layers in config.json",
+            )
+        if not converted:
+            for target, (name, *_) in self.disk_names.items():
+                got, want = self.checkpoint.tensors[name].shape, tuple(state[target].shape)
+                if tuple(got) != want:
+                    raise ModelError(
+                        f"{name} has shape {list(got)} where the config says {list(want)}",
+                        where=where / self.checkpoint.tensors[name].file,
+                    )
+
+    def load(self, names: Iterable[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
+        """Fill the named parameters of the model. dtype None keeps each tensor's own."""
+        wanted = [n for n in names if n in self.disk_names]
+        modules = self.model
+        state: dict[str, Tensor] = {}
+        for target in wanted:
+            for disk in self.disk_names[target]:
+                tensor = self.checkpoint.read(disk)
+                state[disk] = tensor.to(device=device, dtype=dtype if dtype and tensor.is_floating_point() else None)
+        for target in wanted:
+            owner, _, leaf = target.rpartition(".")
+            module = modules.get_submodule(owner)
+            if leaf in module._parameters and module._parameters[leaf] is not None:
+                kind = state[self.disk_names[target][0]].dtype
+                module._parameters[leaf] = nn.Parameter(
+                    torch.empty_like(module._parameters[leaf], device="meta", dtype=kind), requires_grad=False
+                )
+        with hf_quiet():
+            info, _ = convert_and_load_state_dict_in_model(
+                modules, state, LoadStateDictConfig(weight_mapping=self._mapping, device_map={"": device}), None
+            )
+        if info.mismatched_keys or info.conversion_errors:
+            bad = next(iter(info.mismatched_keys or info.conversion_errors))
+            raise ModelError(f"a tensor does not fit the config: {bad}", where=self.checkpoint.path)
+        self.model.tie_weights()
+        for target in wanted:
+            self.model.get_parameter_or_buffer(target).requires_grad_(False)
+
+    def unload(self, names: Iterable[str]) -> None:
+        """Give the memory of the named parameters back."""
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            store = module._parameters if leaf in module._parameters else module._buffers
+            if store.get(leaf) is not None:
+                meta = torch.empty_like(store[leaf], device="meta")
+                store[leaf] = nn.Parameter(meta, requires_grad=False) if store is module._parameters else meta
+
+
+def to_disk(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names and in the forms that a checkpoint of this model has on disk."""
+    return {k: v.contiguous() for k, v in revert_weight_conversion(model, dict(state)).items()}
+
+
+def fill_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device | str = "cpu") -> None:
+    """Compute the buffers that are not saved (rotary frequencies, masks) of a module that was made on the meta device."""
+    touched = []
+    for part in module.modules():
+        lost = [n for n in part._non_persistent_buffers_set if part._buffers.get(n) is not None and part._buffers[n].is_meta]
+        for name in lost:
+            part._buffers[name] = torch.empty_like(part._buffers[name], device=device)
+        if lost:
+            touched.append(part)
+    with torch.no_grad():
+        for part in touched:
+            for p in part.parameters(recurse=False):
+                p._is_hf_initialized = True  # type: ignore[attr-defined]
+            model._init_weights(part)
+
+
+def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Load a checkpoint, uniform or per-layer, as an ordinary PreTrainedModel.
+
+    dtype: None keeps the checkpoint's. Raises ModelError for anything missing, unexpected or misshapen.
+    """
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+    config, per_layer = make_config(checkpoint.config)
+    model = skeleton(config, per_layer, dtype=dtype or checkpoint_dtype(checkpoint))
+    weights = Weights(checkpoint, model)
+    weights.load(list(model.state_dict()), dtype, device)
+    fill_buffers(model, model, device)
+    model.config._name_or_path = str(checkpoint.path)
+    if (checkpoint.path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    for p in model.parameters():
+        p.requires_grad_(p.is_floating_point())
+    return model.to(device)
+
+
+def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that most of a checkpoint's weights have."""
+    weight: dict[str, int] = {}
+    for t in checkpoint.tensors.values():
+        weight[t.dtype] = weight.get(t.dtype, 0) + t.nbytes
+    name = max(weight, key=lambda k: weight[k])
+    if name not in DTYPES:
+        raise ModelError(f"weights of dtype {name} can not be pruned", where=checkpoint.path, fix="use an unquantised checkpoint")
+    return DTYPES[name]
+
+
+def config_json(config: PreTrainedConfig, per_layer: PerLayer | None = None) -> str:
+    """config.json as transformers writes it, with the per-layer form added."""
+    data = json.loads(config.to_json_string())
+    if per_layer:
+        data[PER_LAYER] = {str(i): o for i, o in sorted(per_layer.items())}
+    return json.dumps(data, indent=2, sort_keys=True) + "\n"
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def hf_quiet() -> Iterator[None]:
+    """Without transformers' progress bars and notes about models that pared builds by the dozen."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,149 @@
+"""The plan: which units stay, in which layers, and exactly what that leaves. JSON, to be read, diffed and kept in git."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from pared.accounting import Account
+from pared.axes import Nested, Selection
+from pared.errors import UsageError
+from pared.structure import Layout
+
+FORMAT = "pared-plan/1"
+
+
+def to_ranges(indices: Iterable[int]) -> str:
+    """Ascending indices as text: 0,1,2,5 -> "0-2 5"."""
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def from_ranges(text: str) -> Tensor:
+    """The reverse of to_ranges: int64 [n]. UsageError unless the indices ascend."""
+    out: list[int] = []
+    for part in text.split():
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise UsageError(f"{part!r} is not a range of indices", where="plan")
+        out.extend(range(int(first), int(last or first) + 1))
+    if any(b <= a for a, b in zip(out, out[1:], strict=False)):
+        raise UsageError("kept indices must ascend", where="plan")
+    return torch.tensor(out, dtype=torch.long)
+
+
+class LayerPlan(BaseModel):
+    """One layer of the result: the source layer that it is, and the units it keeps of each axis (not named: all).
+
+    A nested axis (query heads in KV groups) lists one range for each kept unit of its parent.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    source: int = Field(ge=0)
+    keep: dict[str, str | list[str]] = Field(default_factory=dict)
+
+
+class Plan(BaseModel):
+    """What to keep. `removed` is the share of `of` that the plan really removes; `requested` what was asked for."""
+
+    model_config = ConfigDict(extra="forbid", ignored_types=(cached_property,))
+    format: Literal["pared-plan/1"] = FORMAT
+    model_type: str
+    shape: Literal["uniform", "per-layer"] = "uniform"
+    requested: float | None = None
+    of: str = "params"
+    removed: float = 0.0
+    before: Account
+    after: Account
+    hidden: str | None = None
+    layers: list[LayerPlan]
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json())
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=1) + "\n"
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan. UsageError where the file is not one."""
+        try:
+            return cls.model_validate_json(Path(path).read_text())
+        except OSError as error:
+            raise UsageError(f"can not read the plan: {error.strerror}", where=path) from error
+        except (ValidationError, UnicodeDecodeError) as error:
+            raise UsageError(f"not a plan: {_first(error)}", where=path, fix="make one with pared plan") from error
+
+    def selection(self, layer: int | None, layout: Layout) -> dict[str, Tensor | Nested]:
+        """What stays in the result's layer (None: outside of the blocks), for axes.take."""
+        out: dict[str, Tensor | Nested] = {}
+        if self.hidden is not None:
+            out["hidden"] = from_ranges(self.hidden)
+        if layer is not None:
+            for axis, kept in self.layers[layer].keep.items():
+                if isinstance(kept, str):
+                    out[axis] = from_ranges(kept)
+                else:
+                    out[axis] = Nested(layout.parents[axis], torch.stack([from_ranges(row) for row in kept]))
+        return out
+
+    def sizes(self, layer: int | None, layout: Layout) -> dict[str, int]:
+        """Units of every axis in the result's layer."""
+        source = None if layer is None else self.layers[layer].source
+        return {**layout.sizes_at(source), **kept_sizes(self.selection(layer, layout))}
+
+    def check(self, layout: Layout) -> None:
+        """UsageError where the plan does not fit the model."""
+        if self.model_type != layout.model_type:
+            raise UsageError(f"the plan is for {self.model_type!r} and the model is {layout.model_type!r}", where="plan")
+        if not self.layers:
+            raise UsageError("the plan keeps no layer", where="plan")
+        for i, layer in enumerate(self.layers):
+            if layer.source >= layout.num_layers:
+                raise UsageError(f"the plan keeps layer {layer.source} of a model of {layout.num_layers} layers", where="plan")
+            sizes = layout.sizes_at(layer.source)
+            for axis, kept in self.selection(i, layout).items():
+                index = kept.index if isinstance(kept, Nested) else kept
+                if axis not in sizes or not index.numel() or int(index.max()) >= sizes[axis]:
+                    raise UsageError(
+                        f"the plan keeps units of {axis!r} in layer {layer.source} that this model does not have",
+                        where="plan",
+                        fix="apply a plan to the model it was made for, or to a fine-tune of the same base",
+                    )
+
+
+def _first(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        e = error.errors()[0]
+        return f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}"
+    return str(error)
+
+
+def kept_sizes(selection: Selection) -> dict[str, int]:
+    """Units that a selection leaves of each axis that it names."""
+    return {a: k.index.shape[1] if isinstance(k, Nested) else len(k) for a, k in selection.items()}
+
+
+def layer_plan(source: int, selection: Mapping[str, Tensor | Nested], sizes: Mapping[str, int]) -> LayerPlan:
+    """A LayerPlan from index tensors; axes that keep everything are left out."""
+    keep: dict[str, str | list[str]] = {}
+    for axis, kept in selection.items():
+        whole = kept_sizes({axis: kept})[axis] == sizes[axis]
+        if isinstance(kept, Nested):
+            if not whole:
+                keep[axis] = [to_ranges(sorted(row)) for row in kept.index.tolist()]
+        elif not whole:
+            keep[axis] = to_ranges(sorted(kept.tolist()))
+    return LayerPlan(source=source, keep=keep)

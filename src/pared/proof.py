@@ -1,0 +1,217 @@
+"""Proof of a layout: on a tiny random instance of the model's class, removing structures gives the logits of masking them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pared import modeling
+from pared.accounting import account
+from pared.axes import Nested, indices
+from pared.errors import ModelError, ParedError
+from pared.plan import LayerPlan, Plan, layer_plan, to_ranges
+from pared.structure import Discovered, Layout, Proof, assemble, discover, with_signatures
+from pared.surgery import cut_model, fill, mask_
+
+TOLERANCE = 1e-5
+
+
+def proved_layout(config: PreTrainedConfig, per_layer: modeling.PerLayer | None = None) -> Layout:
+    """The layout of a model with this config, each of its axes proved or refused with the reason."""
+    key = json.dumps(config.to_dict(), sort_keys=True, default=str), json.dumps(per_layer or {}, sort_keys=True)
+    return _proved(type(config), *key)
+
+
+@lru_cache(maxsize=32)
+def _proved(kind: type[PreTrainedConfig], config_text: str, per_layer_text: str) -> Layout:
+    config = kind.from_dict(json.loads(config_text))
+    per_layer = {int(k): v for k, v in json.loads(per_layer_text).items()}
+    layout, found = discover(config, per_layer)
+    chosen, proofs = prove(found)
+    return replace(with_signatures(layout, chosen), proofs=proofs)
+
+
+def prove(found: Discovered) -> tuple[dict[str, str], dict[str, Proof]]:
+    """Prove every axis of a tiny instance. Gives the signatures chosen among the candidates, and a proof for each axis."""
+    state = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(0)
+        model = random_model(found.config)
+    finally:
+        torch.random.set_rng_state(state)
+    base = assemble(found.config, {}, found, model)
+    options: dict[str, list[str]] = {}
+    for name, texts in found.candidates.items():
+        if base.layer_of(name) is not None and len(texts) > 1:
+            options[base.local(name)] = texts
+    chosen: dict[str, str] = {}
+    proofs: dict[str, Proof] = {}
+    for axis in prunable_axes(base):
+        undecided = {n: t for n, t in options.items() if n not in chosen and any(axis in x for x in t)}
+        attempts: list[Proof] = []
+        for combination in itertools.product(*undecided.values()):
+            trial = {**chosen, **dict(zip(undecided, combination, strict=True))}
+            attempts.append(_attempt(model, with_signatures(base, trial), axis, found))
+            if attempts[-1].holds:
+                chosen = trial
+                break
+        best = min(attempts, key=lambda p: (not p.holds, p.difference if p.difference is not None else float("inf")))
+        if not best.holds and len(attempts) > 1:
+            best = replace(best, reason=f"{best.reason}; {len(attempts)} layouts tried")
+        proofs[axis] = best
+    return chosen, proofs
+
+
+def prunable_axes(layout: Layout) -> list[str]:
+    """The axes that pared knows how to remove units of and that this model has more than one unit of."""
+    inside = set().union(*(layout.tensors[n].axes for n in layout.block_tensors(0)), *(
+        layout.tensors[n].axes for n in layout.block_tensors(layout.num_layers - 1)))
+    sizes = layout.sizes_at(0)
+    named = [a for a in ("kv", "query", *(k for k in layout.keys if k.endswith("ffn"))) if a in inside and sizes.get(a, 0) > 1]
+    return [*named, "hidden", "layer"]
+
+
+def _attempt(model: PreTrainedModel, layout: Layout, axis: str, found: Discovered) -> Proof:
+    for name, why in found.unexplained.items():
+        if axis == "hidden" or (layout.layer_of(name) is not None and axis in ("kv", "query") and "d" not in layout.keys):
+            return Proof(axis, False, None, why if axis == "hidden" else f"heads are tied to the hidden size: {name}")
+    try:
+        plan = trial_plan(layout, axis)
+        cut = cut_model(model, layout, plan)
+        difference = compare(model, cut, layout, plan, axis)
+    except ParedError as error:
+        return Proof(axis, False, None, error.what)
+    except (*modeling.REJECTED, RuntimeError, IndexError) as error:
+        return Proof(axis, False, None, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    if difference <= TOLERANCE:
+        return Proof(axis, True, difference)
+    return Proof(axis, False, difference, f"cutting and masking differ by {difference:.1e}")
+
+
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model with weights of a size at which every part matters to the logits (fresh initialisation is near zero)."""
+    model = modeling.skeleton(config, dtype=torch.float32).to_empty(device="cpu")
+    for name, p in model.named_parameters():
+        with torch.no_grad():
+            if p.ndim >= 2:
+                p.normal_(0, p.shape[-1] ** -0.5)
+            else:
+                p.normal_(1.0 if name.endswith("weight") else 0.0, 0.1)
+    for name, b in model.named_buffers():
+        if b.is_floating_point() and name.rpartition(".")[2] not in model.get_submodule(name.rpartition(".")[0])._non_persistent_buffers_set:
+            with torch.no_grad():
+                b.normal_(0, 0.1)
+    model.tie_weights()
+    for module in model.modules():
+        module._is_hf_initialized = False  # type: ignore[assignment]
+    with torch.no_grad():
+        for p in model.parameters():
+            p._is_hf_initialized = True  # type: ignore[attr-defined]
+        for module in model.modules():
+            model._init_weights(module)
+    return model.eval()
+
+
+def trial_plan(layout: Layout, axis: str) -> Plan:
+    """A random third of the units of one axis removed, others in every layer."""
+    generator = torch.Generator().manual_seed(1)
+
+    def some(n: int, kept: int) -> Tensor:
+        return torch.randperm(n, generator=generator)[:kept].sort().values
+
+    layers = [LayerPlan(source=i) for i in range(layout.num_layers)]
+    hidden = None
+    if axis == "layer":
+        layers = [layer for layer in layers if layer.source != layout.num_layers // 2]
+    elif axis == "hidden":
+        hidden = to_ranges(some(layout.sizes["hidden"], layout.sizes["hidden"] * 3 // 4).tolist())
+    else:
+        for i, layer in enumerate(layers):
+            sizes = layout.sizes_at(layer.source)
+            if axis not in sizes:
+                continue
+            n = sizes[axis]
+            kept = n - max(1, n // 4)
+            if axis in layout.parents:
+                rows = sizes[layout.parents[axis]]
+                picked: Tensor | Nested = Nested(layout.parents[axis], torch.stack([some(n, kept) for _ in range(rows)]))
+            else:
+                picked = some(n, kept)
+            layers[i] = layer_plan(i, {axis: picked}, sizes)
+    nothing = account(layout)
+    return Plan(model_type=layout.model_type, before=nothing, after=nothing, hidden=hidden, layers=layers)
+
+
+def compare(dense: PreTrainedModel, cut: PreTrainedModel, layout: Layout, plan: Plan, axis: str) -> float:
+    """Largest difference between the logits of the cut model and of its masked reference, relative to the largest logit."""
+    ids = torch.randint(1, 120, (2, 12), generator=torch.Generator().manual_seed(2))
+    reference = modeling.skeleton(dense.config, dtype=torch.float32)
+    tied = set(getattr(dense, "all_tied_weights_keys", {}) or {})
+    fill(reference, {k: v for k, v in dense.state_dict().items() if k not in tied})
+    modeling.fill_buffers(reference, reference)
+    if axis == "layer":
+        _skip_layers(reference, layout, plan)
+    else:
+        mask_(reference, layout, plan)
+        _restrict_norms(reference, cut, layout, plan)
+    with torch.no_grad():
+        want = reference(input_ids=ids, use_cache=False).logits
+        got = cut(input_ids=ids, use_cache=False).logits
+    if not torch.isfinite(want).all() or float(want.std()) < 1e-3:
+        raise ModelError("the random instance gives no meaningful logits")
+    return float((want - got).abs().max() / want.abs().max().clamp(min=1.0))
+
+
+def _skip_layers(model: PreTrainedModel, layout: Layout, plan: Plan) -> None:
+    _, layers = modeling.blocks(model)
+    for i in set(range(layout.num_layers)) - {layer.source for layer in plan.layers}:
+        original = layers[i].forward
+
+        def skip(*args: Any, _original: Callable[..., Any] = original, **kwargs: Any) -> Any:
+            out = _original(*args, **kwargs)
+            entered = args[0] if args else kwargs["hidden_states"]
+            return (entered, *out[1:]) if isinstance(out, tuple) else entered
+
+        layers[i].forward = skip
+
+
+def _restrict_norms(reference: PreTrainedModel, cut: PreTrainedModel, layout: Layout, plan: Plan) -> None:
+    """Norms over a cut axis renormalise: in the reference they see the kept channels only, as in the cut model.
+
+    Everything around them stays masked, so the proof still covers every other tensor.
+    """
+    where = {layer.source: i for i, layer in enumerate(plan.layers)}
+    for name, module in reference.named_modules():
+        if "norm" not in type(module).__name__.lower() or any(True for _ in module.children()):
+            continue
+        own = dict(module.named_parameters(recurse=False, prefix=name))
+        layer = layout.layer_of(name + ".")
+        if any(p.ndim != 1 for p in own.values()):
+            continue
+        signature = layout.tensors[next(iter(own))] if own else None
+        keep = plan.selection(None if layer is None else where[layer], layout)
+        sizes = layout.sizes_at(layer)
+        if signature is not None:
+            kept = indices(signature.dims[0], sizes, keep, own[next(iter(own))].shape[0])
+        else:
+            kept = keep.get("hidden") if isinstance(keep.get("hidden"), Tensor) else None  # type: ignore[assignment]
+        if kept is not None:
+            twin = name if layer is None else f"{layout.prefix}.{where[layer]}.{layout.local(name)}"
+            _see_only(module, cut.get_submodule(twin), kept)
+
+
+def _see_only(module: nn.Module, twin: nn.Module, kept: Tensor) -> None:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = torch.zeros_like(x)
+        out[..., kept] = twin(x[..., kept], *args, **kwargs)
+        return out
+
+    module.forward = forward  # type: ignore[method-assign]

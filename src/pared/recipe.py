@@ -1,0 +1,92 @@
+"""Recipes: everything that decides a pruning run, as one validated record that is saved beside its result."""
+
+from __future__ import annotations
+
+import difflib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pared.errors import UsageError
+
+Structure = Literal["kv", "query", "ffn", "hidden", "layer"]
+
+
+class Recipe(BaseModel):
+    """Settings of one run. Unknown keys are refused; a recipe can not name code."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    remove: float = Field(default=0.2, description="share to remove, in (0, 1)")
+    of: Literal["params", "block-params", "flops", "kv-cache"] = Field(default="block-params", description="what the share is of")
+    structures: tuple[Structure, ...] | None = Field(default=None, description="what may be removed; by default heads and FFN channels")
+    criterion: str = Field(default="taylor", description="how importance is measured; pared ls criteria")
+    reduction: Literal["sum", "mean", "max", "prod", "first", "last"] = Field(
+        default="sum", description="how the parts of a structure in several tensors become one score"
+    )
+    shape: Literal["uniform", "per-layer"] = Field(default="uniform", description="equal sizes in all layers, or each its own")
+    allocate: Literal["uniform", "global"] | None = Field(default=None, description="by default uniform, and global for per-layer shapes")
+    align: int | None = Field(default=None, ge=1, description="kept channels are a multiple of this; by default a fine power of two")
+    keep_first: int = Field(default=0, ge=0, description="layers at the start that are left alone")
+    keep_last: int = Field(default=0, ge=0, description="layers at the end that are left alone")
+    iterative_steps: int = Field(default=1, ge=1, description="remove in this many steps, measuring anew after each")
+    calibration: str = Field(default="self", description="text file, .jsonl, hub data set, or self: text that the model writes")
+    samples: int = Field(default=128, description="calibration windows")
+    seq_len: int | None = Field(default=None, description="tokens in a window; by default 512, or what the model can take")
+    batch: int = Field(default=8, ge=1, description="windows that run together")
+    context: int = Field(default=1024, ge=1, description="tokens that flops are counted at")
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="what to compute in")
+    device: str = Field(default="cpu", description="where to compute")
+
+    @field_validator("structures", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(v.strip() for v in value.split(",")) if isinstance(value, str) else value
+
+    def to_yaml(self) -> str:
+        data = self.model_dump(mode="json")
+        return yaml.safe_dump(data, sort_keys=False)
+
+
+def make_recipe(base: dict[str, Any] | None = None, **settings: Any) -> Recipe:
+    """A recipe from a base and settings that override it. UsageError names the setting that is wrong."""
+    data = {**(base or {}), **{k: v for k, v in settings.items() if v is not None}}
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "recipe"
+        near = difflib.get_close_matches(name, Recipe.model_fields, 1) if first["type"] == "extra_forbidden" else []
+        message = "unknown setting" if first["type"] == "extra_forbidden" else first["msg"]
+        raise UsageError(
+            f"{message}: {first['input']!r}" if not near else f"unknown setting {name!r}",
+            where=f"--{name.replace('_', '-')}",
+            fix=f"did you mean {near[0]!r}?" if near else None,
+        ) from error
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with pared."""
+    return {p.stem: p for p in sorted(Path(str(files("pared") / "recipes")).glob("*.yaml"))}
+
+
+def load_recipe(name: str | Path) -> dict[str, Any]:
+    """The settings in a recipe file, or in the shipped recipe of that name."""
+    path = shipped_recipes().get(str(name), Path(name))
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        near = difflib.get_close_matches(str(name), shipped_recipes(), 1)
+        raise UsageError(
+            f"no recipe {str(name)!r}", fix=f"did you mean {near[0]!r}?" if near else "pared ls recipes lists those that ship"
+        ) from error
+    except yaml.YAMLError as error:
+        raise UsageError("the recipe is not YAML", where=path) from error
+    if not isinstance(data, dict):
+        raise UsageError("the recipe holds no settings", where=path)
+    make_recipe(data)
+    return data

@@ -1,0 +1,55 @@
+"""The model card that travels with a pruned checkpoint."""
+
+from __future__ import annotations
+
+from pared.plan import Plan
+
+_UNIFORM = '''```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+```
+'''
+_PER_LAYER = '''The layers differ in size (`per_layer_config` in config.json). A stock `AutoModelForCausalLM.from_pretrained`
+refuses this checkpoint, because most of its models build all layers alike. Load it with pared:
+
+```python
+import pared
+model = pared.load("path/to/this/directory")   # an ordinary PreTrainedModel
+```
+'''
+
+
+def model_card(plan: Plan, base: str, *, per_layer: bool) -> str:
+    """README.md of a pruned checkpoint, every number taken from the plan."""
+    before, after = plan.before, plan.after
+    rows = [
+        ("parameters", before.params, after.params),
+        ("of these in blocks", before.block_params, after.block_params),
+        (f"multiply-adds a token (context {before.context})", before.flops, after.flops),
+        ("cache entries a token", before.kv_cache, after.kv_cache),
+        ("layers", before.layers, after.layers),
+    ]
+    table = "\n".join(f"| {name} | {a:,} | {b:,} | {1 - b / a if a else 0:.1%} |" for name, a, b in rows)
+    recipe = plan.provenance.get("recipe", {})
+    how = ", ".join(f"{k} {recipe[k]}" for k in ("criterion", "shape", "allocate", "calibration", "samples") if recipe.get(k) is not None)
+    versions = ", ".join(f"{k} {v}" for k, v in plan.provenance.get("versions", {}).items())
+    return f"""---
+base_model: {base}
+library_name: transformers
+tags: [pruned, pared]
+---
+
+# {base}, pruned
+
+{plan.removed:.1%} of the {plan.of.replace("-", " ")} of `{base}` were removed: structures, not single weights, so what is here is dense.
+
+| | before | after | removed |
+| --- | --- | --- | --- |
+{table}
+
+{_PER_LAYER if per_layer else _UNIFORM}
+`plan.json` says which units were kept in each layer, `recipe.yaml` how they were chosen ({how or "by a given plan"}),
+`manifest.json` holds the hash of every file (`pared verify` checks them). Made with {versions or "pared"}.
+
+The licence and the limits of the base model apply. Evaluate before use: `pared eval . --against {base}`.
+"""

@@ -1,0 +1,321 @@
+"""The main job: a checkpoint or a model in, a smaller one out."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pared import modeling
+from pared.budget import Amount, Budget
+from pared.budget.select import make_plan, recount
+from pared.calibration import Calibration, load_calibration, sample_from_model
+from pared.checkpoint import Checkpoint
+from pared.compose import compose
+from pared.criteria import get_criterion
+from pared.errors import ModelError, UsageError
+from pared.estimate import Progress, Scores, estimate, silent
+from pared.plan import Plan
+from pared.proof import proved_layout
+from pared.recipe import Recipe, make_recipe
+from pared.report.card import model_card
+from pared.stream import Stream
+from pared.structure import Layout
+from pared.surgery import cut_block, cut_model, cut_outside, target_config
+from pared.writer import CheckpointWriter
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_STRUCTURES = ("kv", "query", "ffn")
+DEFAULT_SEQ_LEN = 512
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What pruning gives: the model (None after a dry run or where it was only written), the plan, and a report."""
+
+    model: PreTrainedModel | None
+    plan: Plan
+    report: dict[str, Any] = field(default_factory=dict)
+    scores: Scores | None = None
+
+
+@dataclass
+class Source:
+    """What is to be pruned: a checkpoint on disk or a live model, with its proved layout."""
+
+    checkpoint: Checkpoint | None
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    config: PreTrainedConfig
+    per_layer: modeling.PerLayer
+    layout: Layout
+
+    @classmethod
+    def open(cls, what: str | Path | Checkpoint | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Source:
+        if isinstance(what, PreTrainedModel):
+            data = what.config.to_dict()
+            _, per_layer = modeling.make_config(data)
+            return cls(None, what, tokenizer, what.config, per_layer, proved_layout(what.config, per_layer))
+        checkpoint = what if isinstance(what, Checkpoint) else Checkpoint.open(what)
+        config, per_layer = modeling.make_config(checkpoint.config)
+        return cls(checkpoint, None, tokenizer, config, per_layer, proved_layout(config, per_layer))
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            if self.checkpoint is None:
+                raise UsageError("calibration from text needs a tokenizer", fix="pass tokenizer=, or calibration ids as a tensor")
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.path)
+            except (OSError, ValueError) as error:
+                raise ModelError(f"the tokenizer can not be loaded: {error}", where=self.checkpoint.path) from error
+        return self.tokenizer
+
+    def resident(self, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
+        """The whole model in memory."""
+        if self.model is not None:
+            return self.model
+        if self.checkpoint is None:
+            raise UsageError("nothing to load")
+        return modeling.load(self.checkpoint, dtype=dtype, device=device)
+
+    @property
+    def runnable(self) -> Checkpoint | PreTrainedModel:
+        """What a Stream is made from."""
+        if self.model is not None:
+            return self.model
+        if self.checkpoint is None:
+            raise UsageError("nothing to run")
+        return self.checkpoint
+
+    @property
+    def name(self) -> str:
+        return self.checkpoint.path.name if self.checkpoint else self.config._name_or_path or self.config.model_type
+
+    @property
+    def experts_used(self) -> int | None:
+        return next((v for k in ("num_experts_per_tok", "moe_k") if (v := getattr(self.config, k, None))), None)
+
+
+def resolve_axes(layout: Layout, structures: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes that the named structures are in this model. ModelError where one is not proved, with the reason."""
+    chosen: list[str] = []
+    for structure in structures or DEFAULT_STRUCTURES:
+        named = [a for a in layout.proofs if a == structure or (structure == "ffn" and a.endswith("ffn"))]
+        proved = [a for a in named if layout.prunable(a)]
+        if not proved and structures is not None:
+            reason = "; ".join(layout.proofs[a].reason for a in named) or f"{layout.model_type} has no more than one unit of it"
+            raise ModelError(
+                f"{structure!r} can not be removed from this model: {reason}",
+                where="--structures",
+                fix=f"it can lose {', '.join(a for a in layout.proofs if layout.prunable(a)) or 'nothing'}",
+            )
+        chosen += proved
+    if not chosen:
+        raise ModelError(f"no structure of {layout.model_type} is proved to be removable", fix="pared inspect says why")
+    return tuple(dict.fromkeys(chosen))
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype | None:
+    """What blocks are computed in: on a CPU fp32 unless told otherwise, on a GPU what the checkpoint has."""
+    if recipe.dtype != "auto":
+        return _DTYPES[recipe.dtype]
+    return torch.float32 if recipe.device == "cpu" else None
+
+
+def calibrate(source: Source, recipe: Recipe, ids: torch.Tensor | None = None) -> Calibration:
+    """Calibration windows as the recipe says."""
+    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    seq_len = recipe.seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
+
+    def sampler(samples: int, length: int, seed: int) -> torch.Tensor:
+        model = source.resident(compute_dtype(recipe), recipe.device)
+        return sample_from_model(model, source.get_tokenizer(), samples, length, seed)
+
+    what: Any = ids if ids is not None else recipe.calibration
+    tokenizer = source.tokenizer if ids is not None else source.get_tokenizer()
+    return load_calibration(
+        what, tokenizer, samples=recipe.samples, seq_len=seq_len, seed=recipe.seed, sampler=sampler, max_positions=limit
+    )
+
+
+def plan_pruning(
+    source: Source, recipe: Recipe, *, calibration_ids: torch.Tensor | None = None, progress: Progress = silent
+) -> tuple[Plan, Scores]:
+    """Score and decide, cutting nothing."""
+    criterion = get_criterion(recipe.criterion)
+    axes = resolve_axes(source.layout, recipe.structures)
+    amount = Amount(recipe.remove, recipe.of)
+    whole = _budget(source.layout, recipe, amount, axes, source.experts_used)
+    allocate = recipe.allocate or ("global" if recipe.shape == "per-layer" and not {"layer", "hidden"} & set(axes) else "uniform")
+    calibration = calibrate(source, recipe, calibration_ids) if criterion.needs != "weights" else None
+    batches = calibration.batches(recipe.batch) if calibration else []
+    provenance = _provenance(source, recipe, calibration)
+
+    def decide(what: Checkpoint | PreTrainedModel, layout: Layout, share: float) -> tuple[Plan, Scores]:
+        budget = _budget(layout, recipe, Amount(share, recipe.of), axes, source.experts_used)
+        stream = Stream(what, layout, dtype=compute_dtype(recipe), device=recipe.device)
+        going = round(share * layout.num_layers) if "layer" in axes else 0
+        scores = estimate(
+            stream, criterion, axes, batches, reduction=recipe.reduction, seed=recipe.seed, layers_to_remove=going + 1, progress=progress
+        )
+        return make_plan(budget, scores, shape=recipe.shape, allocate=allocate, provenance=provenance), scores
+
+    if recipe.iterative_steps == 1:
+        return decide(source.runnable, source.layout, recipe.remove)
+
+    # In steps: each removes an equal part of the whole amount from what the one before left.
+    plan: Plan | None = None
+    scores = Scores()
+    dense = source.resident(compute_dtype(recipe), recipe.device)
+    current, layout = dense, source.layout
+    total = whole.before.amount(recipe.of)
+    for step in range(1, recipe.iterative_steps + 1):
+        left_to_remove = recipe.remove * step / recipe.iterative_steps * total
+        now = _budget(layout, recipe, amount, axes, source.experts_used).before.amount(recipe.of)
+        share = (left_to_remove - (total - now)) / now
+        if share <= 0:
+            continue
+        part, scores = decide(current, layout, share)
+        plan = part if plan is None else compose(plan, part, source.layout, layout)
+        current = cut_model(dense, source.layout, plan)
+        layout = proved_layout(current.config, modeling.make_config(current.config.to_dict())[1])
+    if plan is None:
+        raise UsageError("the first step removed everything asked for", fix="use fewer --iterative-steps")
+    return recount(plan.model_copy(update={"requested": recipe.remove, "provenance": provenance}), whole), scores
+
+
+def _budget(layout: Layout, recipe: Recipe, amount: Amount, axes: tuple[str, ...], experts_used: int | None) -> Budget:
+    n = layout.num_layers
+    if recipe.keep_first + recipe.keep_last >= n:
+        raise UsageError(
+            f"all of the {n} layers are protected", where="--keep-first / --keep-last", fix=f"their sum must be below {n}"
+        )
+    protected = frozenset([*range(recipe.keep_first), *range(n - recipe.keep_last, n)])
+    return Budget(layout, amount, axes, protected, recipe.align, recipe.context, experts_used)
+
+
+def _provenance(source: Source, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
+    versions = {p: importlib.metadata.version(p) for p in ("pared", "torch", "transformers", "safetensors")}
+    out: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "versions": versions}
+    if source.checkpoint is not None:
+        out["source"] = {"name": source.checkpoint.path.name, "digest": source.checkpoint.digest()}
+    if calibration is not None:
+        out["calibration"] = {"source": calibration.source, "tokens": calibration.tokens, "digest": calibration.digest()}
+    return out
+
+
+def write_pruned(source: Source, plan: Plan, writer: CheckpointWriter, recipe: Recipe | None = None) -> Path:
+    """Cut the source as a plan says, one block at a time, into a checkpoint. Returns where it lies."""
+    layout = source.layout
+    plan.check(layout)
+    target, per_layer = target_config(layout, source.config, plan)
+    result = modeling.skeleton(target, per_layer)
+    weights = None
+    model = source.model
+    if model is None:
+        checkpoint = source.checkpoint
+        if checkpoint is None:
+            raise UsageError("nothing to cut")
+        model = modeling.skeleton(source.config, source.per_layer, dtype=modeling.checkpoint_dtype(checkpoint))
+        weights = modeling.Weights(checkpoint, model)
+
+    def write(names: list[str], cut: Callable[[Callable[[str], torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+        if weights is not None:
+            weights.load(names)
+        state = model.state_dict()
+        for name, tensor in modeling.to_disk(result, cut(state.__getitem__)).items():
+            writer.add(name, tensor)
+        if weights is not None:
+            weights.unload(names)
+
+    write([n for n in layout.tensors if layout.layer_of(n) is None], lambda read: cut_outside(layout, plan, read))
+    for i, layer in enumerate(plan.layers):
+        write(layout.block_tensors(layer.source), lambda read, i=i: cut_block(layout, plan, i, read))  # type: ignore[misc]
+    writer.add_file("config.json", modeling.config_json(target, per_layer))
+    for path in source.checkpoint.side_files() if source.checkpoint else []:
+        writer.copy_file(path)
+    writer.add_file("plan.json", plan.to_json())
+    if recipe is not None:
+        writer.add_file("recipe.yaml", recipe.to_yaml())
+    writer.add_file("README.md", model_card(plan, source.name, per_layer=bool(per_layer)))
+    return writer.commit()
+
+
+def apply_plan(model: str | Path, plan: Plan, out: str | Path, *, overwrite: bool = False) -> Path:
+    """Cut a checkpoint as a plan says: the model that it was made for, or a fine-tune of the same base.
+
+    Raises UsageError or ModelError where they do not fit each other; nothing is left at `out` then.
+    """
+    source = Source.open(model)
+    plan.check(source.layout)
+    with _writer(source, out, overwrite) as writer:
+        recorded = plan.provenance.get("source", {}).get("digest")
+        if source.checkpoint is not None and recorded != source.checkpoint.digest():
+            plan = plan.model_copy(update={"provenance": {**plan.provenance, "applied_to": source.name}})
+        return write_pruned(source, recount_for(source, plan), writer)
+
+
+def recount_for(source: Source, plan: Plan) -> Plan:
+    """The plan with the account of the model that it is applied to."""
+    amount = Amount(plan.requested or 0.5, plan.of)
+    return recount(plan, Budget(source.layout, amount, (), context=plan.before.context, experts_used=source.experts_used))
+
+
+def _writer(source: Source, out: str | Path, overwrite: bool) -> CheckpointWriter:
+    return CheckpointWriter(out, overwrite=overwrite, source=source.checkpoint.path if source.checkpoint else None)
+
+
+def prune(
+    model: str | Path | PreTrainedModel,
+    *,
+    out: str | Path | None = None,
+    calibration: str | Path | torch.Tensor | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    base: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    **settings: Any,
+) -> Pruned:
+    """Prune a model.
+
+    model: a directory, a hub id, or a live causal language model (left as it is). out: where to write the result;
+    None builds it in memory alone. calibration: as in a recipe, or token ids int64 [samples, length].
+    settings: fields of `Recipe` (remove=0.2, criterion="taylor", ...); base: settings that those override.
+    Raises UsageError, ModelError and the other errors of `pared.errors`; nothing is written then.
+    """
+    ids = calibration if isinstance(calibration, torch.Tensor) else None
+    if calibration is not None and ids is None:
+        settings["calibration"] = str(calibration)
+    recipe = make_recipe(dict(base or {}), **settings)
+    Amount(recipe.remove, recipe.of)
+    source = Source.open(model, tokenizer)
+    started = time.perf_counter()
+    # The output is claimed before anything is computed: what is in its way should not be found after hours.
+    claim = _writer(source, out, overwrite) if out is not None and not dry_run else contextlib.nullcontext()
+    with claim as writer:
+        plan, scores = plan_pruning(source, recipe, calibration_ids=ids, progress=progress)
+        report: dict[str, Any] = {
+            "model_type": source.layout.model_type,
+            "requested": recipe.remove,
+            "removed": plan.removed,
+            "of": plan.of,
+            "before": plan.before.model_dump(),
+            "after": plan.after.model_dump(),
+            "recipe": recipe.model_dump(mode="json"),
+        }
+        result: PreTrainedModel | None = None
+        if writer is not None:
+            report["out"] = str(write_pruned(source, plan, writer, recipe))
+        elif not dry_run:
+            dense = source.model if source.model is not None else source.resident()
+            result = cut_model(dense, source.layout, plan)
+    report["seconds"] = round(time.perf_counter() - started, 2)
+    return Pruned(result, plan, report, scores)

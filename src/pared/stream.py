@@ -1,0 +1,401 @@
+"""Running a causal language model block by block: the engine behind every statistic, gradient and evaluation.
+
+The model's own code around its decoder blocks (embedding, masks, rotary tables, final norm, head) is run with the
+blocks replaced by stand-ins: in the first pass they record what each block is called with, in the last one they hand
+in the hidden states. Between the two, one block at a time is loaded, run over every batch, and freed. A model that is
+resident already goes the same way, with nothing to load, so both give the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pared import modeling
+from pared.calibration import Batch
+from pared.checkpoint import Checkpoint
+from pared.errors import ModelError
+from pared.structure import Layout
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place while the code around the blocks runs."""
+
+    def __init__(self, block: nn.Module, act: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", block)
+        object.__setattr__(self, "_act", act)
+
+    def __getattr__(self, name: str) -> Any:  # attention_type and the like, which some models read off a block
+        return getattr(self._block, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._act(args, kwargs)
+
+
+@dataclass
+class Calls:
+    """What one block is called with, besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_name: bool
+
+
+class Stream:
+    """A causal language model that runs block by block.
+
+    Made from a checkpoint (blocks are read when they are used and freed after) or from a live model (nothing is moved).
+    dtype: what to compute in; None keeps the weights' own.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint | PreTrainedModel,
+        layout: Layout,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.layout, self.dtype, self.device = layout, dtype, torch.device(device)
+        if isinstance(source, PreTrainedModel):
+            self.model, self.weights = source, None
+            self.device = next(source.parameters()).device
+        else:
+            config, per_layer = modeling.make_config(source.config)
+            self.model = modeling.skeleton(config, per_layer, dtype=dtype or modeling.checkpoint_dtype(source))
+            self.weights = modeling.Weights(source, self.model)
+        # Experts run as a plain loop, where the input of every expert's matrices can be observed.
+        for config in _configs(self.model):
+            config._experts_implementation = "eager"
+        self._layers = modeling.blocks(self.model)[1]
+        self._calls: dict[tuple[int, ...], list[Calls]] = {}
+        self._tuples = False  # whether blocks return a tuple: what a stand-in has to return too
+
+    @property
+    def num_layers(self) -> int:
+        return self.layout.num_layers
+
+    # ---- the parts of the model ------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def block(self, i: int) -> Iterator[nn.Module]:
+        """Block i, resident and in eval mode; its memory is given back on leaving."""
+        block = self._layers[i]
+        if self.weights is None:
+            training = block.training
+            try:
+                yield block.eval()
+            finally:
+                block.train(training)
+            return
+        names = self.layout.block_tensors(i)
+        self.weights.load(names, self.dtype, self.device)
+        modeling.fill_buffers(self.model, block, self.device)
+        try:
+            yield block
+        finally:
+            self.weights.unload(names)
+            for p in block.parameters():
+                p.grad = None
+
+    @contextlib.contextmanager
+    def outside(self, *, front: bool) -> Iterator[None]:
+        """What lies before (front) or after the blocks, resident. The large matrix of the other end stays on disk."""
+        if self.weights is None:
+            yield
+            return
+        other = self.model.get_output_embeddings() if front else self.model.get_input_embeddings()
+        left_out = {id(p) for p in other.parameters()} if other is not None else set()
+        keep = self.model.get_input_embeddings() if front else self.model.get_output_embeddings()
+        left_out -= {id(p) for p in keep.parameters()} if keep is not None else set()
+        state = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
+        names = [n for n in self.layout.tensors if self.layout.layer_of(n) is None and id(state[n]) not in left_out]
+        self.weights.load(names, self.dtype, self.device)
+        modeling.fill_buffers(self.model, self.model, self.device)
+        try:
+            yield
+        finally:
+            self.weights.unload(names)
+            self.model.tie_weights()
+
+    # ---- running ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def embed(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """The hidden states that enter block 0: for each batch [b, s, hidden]."""
+        entered: list[Tensor] = []
+        with self.outside(front=True):
+            for batch in batches:
+                ids = batch.input_ids.to(self.device)
+                entered.append(self._enter(ids))
+                if (1, ids.shape[1]) not in self._calls:
+                    self._enter(ids[:1])  # gradients of single sequences run rows of a batch on their own
+        return entered
+
+    def _enter(self, ids: Tensor) -> Tensor:
+        calls: list[Calls] = []
+        first: list[Tensor] = []
+
+        def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            first.append(hidden)
+            rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+            calls.append(Calls(args[1:], rest, not args))
+            return (hidden,) if self._tuples else hidden
+
+        base = getattr(self.model, self.model.base_model_prefix, self.model)
+        with self._stand_ins([record] * self.num_layers):
+            try:
+                base(input_ids=ids, use_cache=False)
+            except (AttributeError, TypeError, RuntimeError, IndexError) as error:
+                if self._tuples:
+                    raise ModelError(f"this model can not be run block by block: {error}") from error
+                # Some families' blocks return a tuple; the code around them fails at once on anything else.
+                self._tuples = True
+                return self._enter(ids)
+        self._calls.setdefault(tuple(ids.shape), calls)
+        return first[0]
+
+    @contextlib.contextmanager
+    def _stand_ins(self, acts: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        originals = list(self._layers)
+        training = self.model.training
+        self.model.eval()
+        for i, act in enumerate(acts):
+            self._layers[i] = _StandIn(originals[i], act)
+        try:
+            yield
+        finally:
+            for i, block in enumerate(originals):
+                self._layers[i] = block
+            self.model.train(training)
+
+    def run(self, block: nn.Module, i: int, hidden: Tensor) -> Tensor:
+        """One block on one batch of hidden states [b, s, hidden]."""
+        call = self._calls[tuple(hidden.shape[:2])][i]
+        out = block(hidden_states=hidden, **call.kwargs) if call.by_name else block(hidden, *call.args, **call.kwargs)
+        self._tuples = isinstance(out, tuple)
+        return out[0] if isinstance(out, tuple) else out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [b, s, vocab] from the hidden states that leave the last block. Needs `outside(front=False)`."""
+        last = self.num_layers - 1
+
+        def inject(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return (hidden,) if self._tuples else hidden
+
+        def ignore(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            entered = args[0] if args else kwargs["hidden_states"]
+            return (entered,) if self._tuples else entered
+
+        placeholder = torch.zeros_like(hidden, requires_grad=False)
+        with self._stand_ins([ignore] * last + [inject]):
+            return self.model(inputs_embeds=placeholder, use_cache=False).logits
+
+    def forward(
+        self, batches: Sequence[Batch], visit: Callable[[int, nn.Module, list[Tensor]], list[Tensor]] | None = None
+    ) -> list[Tensor]:
+        """All batches through all blocks. `visit` may take a block's place: (i, block, inputs) -> outputs."""
+        hidden = self.embed(batches)
+        for i in range(self.num_layers):
+            with self.block(i) as block, torch.no_grad():
+                if visit is not None:
+                    hidden = visit(i, block, hidden)
+                else:
+                    hidden = [self.run(block, i, h) for h in hidden]
+        return hidden
+
+
+def unpadded(batches: Sequence[Batch]) -> list[Batch]:
+    """The same documents without padding: rows are trimmed to their own tokens and those of equal length put together.
+
+    Padding can then touch no statistic, on whichever side it was.
+    """
+    out: list[Batch] = []
+    for batch in batches:
+        if batch.attention_mask is None or bool(batch.attention_mask.all()):
+            out.append(Batch(batch.input_ids, None))
+            continue
+        by_length: dict[int, list[Tensor]] = {}
+        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
+            row = ids[mask.bool()]
+            if len(row) > 1:
+                by_length.setdefault(len(row), []).append(row)
+        out.extend(Batch(torch.stack(rows), None) for _, rows in sorted(by_length.items()))
+    return out
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    return list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Observing what a block's matrices are multiplied with
+
+# name of the weight inside the block, input [tokens, n], the expert it belongs to (None where there are none)
+Observe = Callable[[str, Tensor, int | None], None]
+
+
+@contextlib.contextmanager
+def observed(block: nn.Module, names: Sequence[str], observe: Observe) -> Iterator[None]:
+    """Call `observe` with the inputs of the named weights (local names) whenever the block runs."""
+    handles, stacked = [], {}
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        module = block.get_submodule(owner)
+        weight = getattr(module, leaf)
+        if weight.ndim == 3:
+            stacked[name] = weight
+        else:
+            def hook(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                observe(name, args[0].detach().reshape(-1, args[0].shape[-1]), None)
+
+            handles.append(module.register_forward_pre_hook(hook))
+    try:
+        if stacked:
+            with _ExpertInputs(stacked, observe):
+                yield
+        else:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _ExpertInputs(TorchFunctionMode):
+    """Sees the products with single experts' slices of 3-D weights: F.linear(x, w[e]) and x @ w[e]."""
+
+    def __init__(self, weights: dict[str, Tensor], observe: Observe) -> None:
+        super().__init__()
+        self._observe = observe
+        self._ranges = [(w.data_ptr(), w.stride(0) * w.element_size(), w.shape[0], name) for name, w in weights.items()]
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__) and isinstance(args[1], Tensor) and args[1].ndim == 2:
+            at = args[1].data_ptr()
+            for start, step, count, name in self._ranges:
+                if start <= at < start + step * count:
+                    self._observe(name, args[0].detach().reshape(-1, args[0].shape[-1]), (at - start) // step)
+        return func(*args, **(kwargs or {}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients
+
+
+@dataclass
+class Backward:
+    """Stored inputs of every block, and the gradient that reaches the last one: what a walk back starts from."""
+
+    inputs: list[list[Tensor]]
+    gradients: list[Tensor]
+    loss: float
+    tokens: int
+
+
+def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Summed cross-entropy of each next token: logits [b, s, vocab], ids [b, s]."""
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+
+
+def forward_with_loss(stream: Stream, batches: Sequence[Batch], *, keep_inputs: bool = True) -> Backward:
+    """Forward over all batches; the loss is the mean over every predicted token of every batch."""
+    inputs: list[list[Tensor]] = []
+
+    def visit(i: int, block: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
+        if keep_inputs:
+            inputs.append(hidden)
+        return [stream.run(block, i, h) for h in hidden]
+
+    last = stream.forward(batches, visit)
+    tokens = sum(b.input_ids.shape[0] * (b.input_ids.shape[1] - 1) for b in batches)
+    gradients, total = [], 0.0
+    with stream.outside(front=False):
+        for hidden, batch in zip(last, batches, strict=True):
+            rows = []
+            # One sequence at a time: the logits of a large vocabulary are the largest tensor of all.
+            for row, ids in zip(hidden.split(1), batch.input_ids.to(hidden.device).split(1), strict=True):
+                leaf = row.detach().requires_grad_(keep_inputs)
+                with torch.set_grad_enabled(keep_inputs):
+                    loss = next_token_loss(stream.logits(leaf), ids)
+                if keep_inputs:
+                    (grad,) = torch.autograd.grad(loss / tokens, leaf)
+                    rows.append(grad)
+                total += float(loss.detach())
+            if rows:
+                gradients.append(torch.cat(rows))
+    if not total == total or total in (float("inf"), float("-inf")):
+        raise ModelError("the loss on the calibration text is not finite", fix="check the weights with pared verify, or try --dtype float32")
+    return Backward(inputs, gradients, total / tokens, tokens)
+
+
+@dataclass
+class WeightGradients:
+    """Of one block, by local tensor name, fp32: the gradient of the mean loss and, if asked for, the mean over
+    sequences of the squared gradient of each sequence's mean loss."""
+
+    first: dict[str, Tensor] = field(default_factory=dict)
+    squared: dict[str, Tensor] = field(default_factory=dict)
+
+
+def walk_back(
+    stream: Stream,
+    batches: Sequence[Batch],
+    state: Backward,
+    visit: Callable[[int, nn.Module, WeightGradients], None],
+    *,
+    squared: bool = False,
+) -> None:
+    """From the last block to the first: recompute the block, send the gradient through it, show its weight gradients.
+
+    squared wants one backward pass for each sequence.
+    """
+    sequences = sum(b.input_ids.shape[0] for b in batches)
+    for i in reversed(range(stream.num_layers)):
+        inputs = state.inputs.pop()
+        with stream.block(i) as block:
+            parameters = {n: p for n, p in block.named_parameters() if p.is_floating_point()}
+            flags = {n: p.requires_grad for n, p in parameters.items()}
+            for p in parameters.values():
+                p.requires_grad_(True)
+            found = WeightGradients()
+            for b, hidden in enumerate(inputs):
+                parts = hidden.split(1) if squared else (hidden,)
+                grads = state.gradients[b].split(1) if squared else (state.gradients[b],)
+                through = []
+                for part, upstream in zip(parts, grads, strict=True):
+                    leaf = part.detach().requires_grad_(True)
+                    with torch.enable_grad():
+                        out = stream.run(block, i, leaf)
+                        got = torch.autograd.grad(out, [leaf, *parameters.values()], upstream, allow_unused=True)
+                    through.append(got[0])
+                    # A sequence's own mean loss differs from its share of the total by this factor.
+                    scale = state.tokens / (part.shape[0] * (part.shape[1] - 1))
+                    for name, g in zip(parameters, got[1:], strict=True):
+                        if g is not None:
+                            _accumulate(found.first, name, g.float())
+                            if squared:
+                                _accumulate(found.squared, name, (g.float() * scale).square_().div_(sequences))
+                    del got
+                state.gradients[b] = torch.cat(through)
+                inputs[b] = hidden.new_empty(0)
+            for n, p in parameters.items():
+                p.requires_grad_(flags[n])
+            with torch.no_grad():
+                visit(i, block, found)
+
+
+def _accumulate(store: dict[str, Tensor], name: str, value: Tensor) -> None:
+    if name in store:
+        store[name].add_(value)
+    else:
+        store[name] = value

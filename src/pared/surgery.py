@@ -1,0 +1,152 @@
+"""Cutting: slice tensors as the plan says, rewrite the config, rebuild the model from its own classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from pared import modeling
+from pared.axes import Selection, take, zero_
+from pared.errors import ModelError
+from pared.families import STAND_INS
+from pared.plan import Plan
+from pared.structure import LAYERS, Layout, keep_layers, resize
+
+
+def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple[PreTrainedConfig, modeling.PerLayer]:
+    """The config that says what the plan leaves, and its per-layer overrides (empty for a uniform shape).
+
+    Raises ModelError where the family's config, or that of a family with the same block, can not say it.
+    """
+    shapes = [{a: n for a, n in plan.sizes(i, layout).items() if a in layout.layer_sizes[0]} for i in range(len(plan.layers))]
+    dense = [layout.layer_sizes[layer.source] for layer in plan.layers]
+    shared = {"hidden": plan.sizes(None, layout)["hidden"]} if plan.hidden is not None else {}
+    uniform = all(s == shapes[0] for s in shapes)
+    changes = resize(config, layout.keys, {**_changed(shapes[0], dense[0]), **shared}) if uniform else resize(config, layout.keys, shared)
+    sources = [layer.source for layer in plan.layers]
+    data = keep_layers(config.to_dict(), sources, layout.num_layers)
+    data.pop(modeling.PER_LAYER, None)
+    data[config.attribute_map.get(LAYERS, LAYERS)] = len(sources)
+    target = _build(config, {**data, **changes})
+    if uniform:
+        return target, {}
+    base = {k: getattr(config, k, None) for k in resize(config, layout.keys, shapes[0])}
+    overrides = {}
+    for i, sizes in enumerate(shapes):
+        own = {k: v for k, v in resize(config, layout.keys, sizes).items() if v != base[k]}
+        if own:
+            overrides[i] = own
+    return target, overrides
+
+
+def _changed(sizes: Mapping[str, int], dense: Mapping[str, int]) -> dict[str, int]:
+    changed = {a: n for a, n in sizes.items() if n != dense[a]}
+    if changed.keys() & {"kv", "query"}:
+        changed.update(kv=sizes["kv"], query=sizes["query"])
+    return changed
+
+
+def _build(config: PreTrainedConfig, data: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        return type(config).from_dict(data)
+    except modeling.REJECTED as error:
+        stand_in = STAND_INS.get(config.model_type)
+        if stand_in is None or any(getattr(config, flag, False) for flag in stand_in.unless):
+            raise ModelError(
+                f"a {config.model_type} config can not say these sizes: {error}",
+                fix="choose another amount, or --shape per-layer",
+            ) from error
+        data = {**data, **stand_in.set, "model_type": stand_in.model_type, "architectures": [stand_in.architecture]}
+        return CONFIG_MAPPING[stand_in.model_type].from_dict(data)
+
+
+def new_name(layout: Layout, name: str, layer: int) -> str:
+    """A block tensor's name after its block has become number `layer`."""
+    return f"{layout.prefix}.{layer}.{layout.local(name)}"
+
+
+def cut_block(layout: Layout, plan: Plan, layer: int, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """The tensors of the result's block `layer`, by their new names, cut from what `read` gives for the old ones."""
+    source = plan.layers[layer].source
+    keep, sizes = plan.selection(layer, layout), layout.sizes_at(source)
+    return {
+        new_name(layout, name, layer): take(read(name), layout.tensors[name], sizes, keep)
+        for name in layout.block_tensors(source)
+        if name not in layout.tied
+    }
+
+
+def cut_outside(layout: Layout, plan: Plan, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """The tensors outside of the blocks, cut."""
+    keep = plan.selection(None, layout)
+    names = [n for n in layout.tensors if layout.layer_of(n) is None and n not in layout.tied]
+    return {n: take(read(n), layout.tensors[n], layout.sizes, keep) for n in names}
+
+
+def cut_model(model: PreTrainedModel, layout: Layout, plan: Plan) -> PreTrainedModel:
+    """The pruned model, made in memory; the given one is left as it is."""
+    plan.check(layout)
+    state = model.state_dict()
+    cut = cut_outside(layout, plan, state.__getitem__)
+    for i in range(len(plan.layers)):
+        cut.update(cut_block(layout, plan, i, state.__getitem__))
+    return assemble(model.config, layout, plan, cut, generation_config=model.generation_config)
+
+
+def assemble(
+    config: PreTrainedConfig, layout: Layout, plan: Plan, state: Mapping[str, Tensor], *, generation_config: Any = None
+) -> PreTrainedModel:
+    """A model from cut tensors. Raises ModelError where its classes, built from the new config, want other shapes."""
+    target, per_layer = target_config(layout, config, plan)
+    result = modeling.skeleton(target, per_layer, dtype=next(iter(state.values())).dtype)
+    fill(result, state, frozen=False)
+    modeling.fill_buffers(result, result, next(iter(state.values())).device)
+    if generation_config is not None and result.can_generate():
+        result.generation_config = generation_config
+    return result
+
+
+def fill(model: PreTrainedModel, state: Mapping[str, Tensor], *, frozen: bool = True) -> None:
+    """Assign tensors to a model on the meta device, each under its own name, private copies of none."""
+    wanted = model.state_dict()
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    if odd := [n for n in wanted.keys() ^ state.keys() if n not in tied]:
+        raise ModelError(f"the model built from the new config and the cut tensors disagree on {sorted(odd)[0]}")
+    for name, tensor in state.items():
+        if tuple(wanted[name].shape) != tuple(tensor.shape):
+            raise ModelError(
+                f"the config can not express this shape: {name} is {list(tensor.shape)}, "
+                f"its class makes {list(wanted[name].shape)}",
+                fix="choose other structures",
+            )
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf in module._parameters:
+            grad = tensor.is_floating_point() and not frozen
+            module._parameters[leaf] = nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format), requires_grad=grad)
+        else:
+            module._buffers[leaf] = tensor.clone()
+    model.tie_weights()
+
+
+def mask_(model: PreTrainedModel, layout: Layout, plan: Plan) -> None:
+    """Set every removed entry of the named axes to zero, in place: what cutting must be equal to (layers aside)."""
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    for i, layer in enumerate(plan.layers):
+        keep = plan.selection(i, layout)
+        _zero(layout, layout.block_tensors(layer.source), state, layout.sizes_at(layer.source), keep)
+    outside = [n for n in layout.tensors if layout.layer_of(n) is None]
+    _zero(layout, outside, state, layout.sizes, plan.selection(None, layout))
+
+
+def _zero(layout: Layout, names: Iterable[str], state: Mapping[str, Tensor], sizes: Mapping[str, int], keep: Selection) -> None:
+    for name in names:
+        if name in layout.tied or name not in state:
+            continue
+        with torch.no_grad():
+            zero_(state[name], layout.tensors[name], sizes, keep)
