@@ -60,9 +60,8 @@ class Source:
     @classmethod
     def open(cls, what: str | Path | Checkpoint | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Source:
         if isinstance(what, PreTrainedModel):
-            data = what.config.to_dict()
-            _, per_layer = modeling.make_config(data)
-            return cls(None, what, tokenizer, what.config, per_layer, proved_layout(what.config, per_layer))
+            config, per_layer = modeling.make_config(what.config.to_dict())
+            return cls(None, what, tokenizer, config, per_layer, proved_layout(config, per_layer))
         checkpoint = what if isinstance(what, Checkpoint) else Checkpoint.open(what)
         config, per_layer = modeling.make_config(checkpoint.config)
         return cls(checkpoint, None, tokenizer, config, per_layer, proved_layout(config, per_layer))
@@ -72,7 +71,7 @@ class Source:
             if self.checkpoint is None:
                 raise UsageError("calibration from text needs a tokenizer", fix="pass tokenizer=, or calibration ids as a tensor")
             try:
-                self.tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.path)
+                self.tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.path, config=self.config)
             except (OSError, ValueError) as error:
                 raise ModelError(f"the tokenizer can not be loaded: {error}", where=self.checkpoint.path) from error
         return self.tokenizer
@@ -185,7 +184,7 @@ def plan_pruning(
         part, scores = decide(current, layout, share)
         plan = part if plan is None else compose(plan, part, source.layout, layout)
         current = cut_model(dense, source.layout, plan)
-        layout = proved_layout(current.config, modeling.make_config(current.config.to_dict())[1])
+        layout = proved_layout(*modeling.make_config(current.config.to_dict()))
     if plan is None:
         raise UsageError("the first step removed everything asked for", fix="use fewer --iterative-steps")
     return recount(plan.model_copy(update={"requested": recipe.remove, "provenance": provenance}), whole), scores

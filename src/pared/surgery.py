@@ -95,7 +95,8 @@ def cut_model(model: PreTrainedModel, layout: Layout, plan: Plan) -> PreTrainedM
     cut = cut_outside(layout, plan, state.__getitem__)
     for i in range(len(plan.layers)):
         cut.update(cut_block(layout, plan, i, state.__getitem__))
-    return assemble(model.config, layout, plan, cut, generation_config=model.generation_config)
+    config, _ = modeling.make_config(model.config.to_dict())
+    return assemble(config, layout, plan, cut, generation_config=model.generation_config)
 
 
 def assemble(
