@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,6 +100,10 @@ def estimate(
             progress("scores", i + 1, stream.num_layers)
     elif criterion.needs == "activations":
         stream.forward(batches, _activation_visitor(stream, axes, score, progress))
+    elif criterion.needs == "second-moments":
+        stream.forward(batches, _second_moment_visitor(stream, axes, score, progress))
+    elif criterion.needs == "second-moments-fisher":
+        _second_moments_with_fisher(stream, axes, batches, score, progress)
     else:
         squared = criterion.needs == "squared-gradients"
         state = forward_with_loss(stream, batches)
@@ -170,6 +175,91 @@ def _activation_visitor(
         return out
 
     return visit
+
+
+def consumers(stream: Stream, axes: Sequence[str], layer: int, block: nn.Module) -> list[str]:
+    """The matrices of a block (local names) whose input runs along one of the axes; experts' stacks are not among them."""
+    weights = dict(block.named_parameters())
+    found: dict[str, None] = {}
+    for axis in axes:
+        group = make_group(stream.layout, axis, layer, weights)
+        found.update(dict.fromkeys(n for n in (group.inputs if group else {}) if weights[n].ndim == 2))
+    return list(found)
+
+
+class _SecondMoments:
+    """E[a a^T] of the inputs of some matrices."""
+
+    def __init__(self, block: nn.Module, names: Sequence[str]) -> None:
+        self.names, self.sums, self.count = names, dict[str, Tensor](), dict.fromkeys(names, 0)
+        self.observing = observed(block, names, self._add)
+
+    def _add(self, name: str, x: Tensor, expert: int | None) -> None:
+        x = x.float()
+        if name not in self.sums:
+            self.sums[name] = x.new_zeros(x.shape[1], x.shape[1])
+        self.sums[name].addmm_(x.T, x)
+        self.count[name] += x.shape[0]
+
+    def means(self) -> dict[str, Tensor]:
+        return {n: self.sums[n] / self.count[n] for n in self.names}
+
+
+def _second_moment_visitor(
+    stream: Stream, axes: Sequence[str], score: Callable[[int, nn.Module, Stats], None], progress: Progress
+) -> Callable[[int, nn.Module, list[Tensor]], list[Tensor]]:
+    def visit(i: int, block: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
+        moments = _SecondMoments(block, consumers(stream, axes, i, block))
+        with moments.observing:
+            out = [stream.run(block, i, h) for h in hidden]
+        score(i, block, Stats(second_moments=moments.means()))
+        progress("second moments", i + 1, stream.num_layers)
+        return out
+
+    return visit
+
+
+def _second_moments_with_fisher(
+    stream: Stream,
+    axes: Sequence[str],
+    batches: Sequence[Batch],
+    score: Callable[[int, nn.Module, Stats], None],
+    progress: Progress,
+) -> None:
+    """Inputs' second moments and outputs' gradients of each consumer, both gathered on the walk back."""
+    state = forward_with_loss(stream, batches)
+    found: dict[str, Tensor] = {}
+    moments: list[_SecondMoments] = []
+
+    @contextlib.contextmanager
+    def around(i: int, block: nn.Module) -> Iterator[None]:
+        names = consumers(stream, axes, i, block)
+        moments[:] = [_SecondMoments(block, names)]
+        found.clear()
+
+        def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+            def seen(gradient: Tensor) -> None:
+                # The loss is a mean over tokens; times their number it is each token's own.
+                g = gradient.reshape(-1, gradient.shape[-1]).float() * state.tokens
+                if name not in found:
+                    found[name] = g.new_zeros(g.shape[1], g.shape[1])
+                found[name].addmm_(g.T, g, alpha=1 / state.tokens)
+
+            return lambda module, inputs, output: output.register_hook(seen) and None
+
+        handles = [block.get_submodule(n.rpartition(".")[0]).register_forward_hook(watch(n)) for n in names]
+        try:
+            with moments[0].observing:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def visit(i: int, block: nn.Module, _: WeightGradients) -> None:
+        score(i, block, Stats(second_moments=moments[0].means(), output_fisher=found))
+        progress("second moments", stream.num_layers - i, stream.num_layers)
+
+    walk_back(stream, batches, state, visit, weights=False, around=around)
 
 
 def _search_removals(

@@ -353,45 +353,65 @@ def walk_back(
     state: Backward,
     visit: Callable[[int, nn.Module, WeightGradients], None],
     *,
+    weights: bool = True,
     squared: bool = False,
+    around: Callable[[int, nn.Module], contextlib.AbstractContextManager[object]] | None = None,
 ) -> None:
     """From the last block to the first: recompute the block, send the gradient through it, show its weight gradients.
 
-    squared wants one backward pass for each sequence.
+    squared wants one backward pass for each sequence. weights: False sends the gradient through without computing any
+    for the weights. around: a context in which a block runs forward and backward, to hang hooks in.
     """
     sequences = sum(b.input_ids.shape[0] for b in batches)
     for i in reversed(range(stream.num_layers)):
         inputs = state.inputs.pop()
         with stream.block(i) as block:
-            parameters = {n: p for n, p in block.named_parameters() if p.is_floating_point()}
+            parameters = {n: p for n, p in block.named_parameters() if weights and p.is_floating_point()}
             flags = {n: p.requires_grad for n, p in parameters.items()}
             for p in parameters.values():
                 p.requires_grad_(True)
             found = WeightGradients()
-            for b, hidden in enumerate(inputs):
-                parts = hidden.split(1) if squared else (hidden,)
-                grads = state.gradients[b].split(1) if squared else (state.gradients[b],)
-                through = []
-                for part, upstream in zip(parts, grads, strict=True):
-                    leaf = part.detach().requires_grad_(True)
-                    with torch.enable_grad():
-                        out = stream.run(block, i, leaf)
-                        got = torch.autograd.grad(out, [leaf, *parameters.values()], upstream, allow_unused=True)
-                    through.append(got[0])
-                    # A sequence's own mean loss differs from its share of the total by this factor.
-                    scale = state.tokens / (part.shape[0] * (part.shape[1] - 1))
-                    for name, g in zip(parameters, got[1:], strict=True):
-                        if g is not None:
-                            _accumulate(found.first, name, g.float())
-                            if squared:
-                                _accumulate(found.squared, name, (g.float() * scale).square_().div_(sequences))
-                    del got
-                state.gradients[b] = torch.cat(through)
-                inputs[b] = hidden.new_empty(0)
+            with around(i, block) if around else contextlib.nullcontext():
+                for b, hidden in enumerate(inputs):
+                    state.gradients[b] = _through_block(stream, block, i, hidden, state, b, parameters, found, squared, sequences)
+                    inputs[b] = hidden.new_empty(0)
             for n, p in parameters.items():
                 p.requires_grad_(flags[n])
             with torch.no_grad():
                 visit(i, block, found)
+
+
+def _through_block(
+    stream: Stream,
+    block: nn.Module,
+    i: int,
+    hidden: Tensor,
+    state: Backward,
+    b: int,
+    parameters: dict[str, nn.Parameter],
+    found: WeightGradients,
+    squared: bool,
+    sequences: int,
+) -> Tensor:
+    """The gradient at a block's input from that at its output, for batch b; weight gradients are added to `found`."""
+    parts = hidden.split(1) if squared else (hidden,)
+    grads = state.gradients[b].split(1) if squared else (state.gradients[b],)
+    through = []
+    for part, upstream in zip(parts, grads, strict=True):
+        leaf = part.detach().requires_grad_(True)
+        with torch.enable_grad():
+            out = stream.run(block, i, leaf)
+            got = torch.autograd.grad(out, [leaf, *parameters.values()], upstream, allow_unused=True)
+        through.append(got[0])
+        # A sequence's own mean loss differs from its share of the total by this factor.
+        scale = state.tokens / (part.shape[0] * (part.shape[1] - 1))
+        for name, g in zip(parameters, got[1:], strict=True):
+            if g is not None:
+                _accumulate(found.first, name, g.float())
+                if squared:
+                    _accumulate(found.squared, name, (g.float() * scale).square_().div_(sequences))
+        del got
+    return torch.cat(through)
 
 
 def _accumulate(store: dict[str, Tensor], name: str, value: Tensor) -> None:

@@ -29,14 +29,14 @@ def test_tokens_per_second_are_those_of_a_clock_around_the_forward(monkeypatch):
 
     def slow(**arguments):
         seen.append(arguments["input_ids"].shape)
-        time.sleep(0.05 if len(seen) <= 3 else 0.02)  # the warm-up is slower and must not count
+        time.sleep(0 if len(seen) <= 3 else 0.1)  # a warm-up that counted would be the best of all
         return forward(**arguments)
 
     monkeypatch.setattr(model, "forward", slow)
     speed = measure_speed(model, prompt=40, decode=2, batch=3, repeats=2)
     assert seen == [(3, 40), (3, 1), (3, 1)] * 3
-    assert 0.2 * 3 * 40 / 0.02 < speed.prefill_tokens_per_s < 3 * 40 / 0.02
-    assert 0.2 * 3 * 2 / 0.04 < speed.decode_tokens_per_s < 3 * 2 / 0.04
+    assert 0.2 * 3 * 40 / 0.1 < speed.prefill_tokens_per_s < 3 * 40 / 0.1
+    assert 0.2 * 3 * 2 / 0.2 < speed.decode_tokens_per_s < 3 * 2 / 0.2
 
 
 def test_measuring_changes_neither_the_random_state_nor_the_mode_nor_a_weight():

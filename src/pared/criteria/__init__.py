@@ -22,7 +22,9 @@ from torch import Tensor
 from pared.axes import Signature, reduce_to_units
 from pared.errors import UsageError
 
-Needs = Literal["weights", "activations", "gradients", "squared-gradients", "removal"]
+Needs = Literal[
+    "weights", "activations", "second-moments", "second-moments-fisher", "gradients", "squared-gradients", "removal"
+]
 REDUCTIONS = ("sum", "mean", "max", "prod", "first", "last")
 
 
@@ -138,7 +140,8 @@ class Moments:
 class Stats:
     """What calibration gave for one block, by tensor name inside the block. Only what the criterion needs is there.
 
-    moments: of the inputs. gradients: of the mean loss, fp32. squared: mean over sequences of the squared gradient of
+    moments: of the inputs. second_moments: E[a a^T] of the inputs, fp32 [n, n]. output_fisher: E[g g^T] of the loss's
+    gradient at the outputs, fp32 [out, out], scaled to one token's own loss. gradients: of the mean loss, fp32. squared: mean over sequences of the squared gradient of
     the sequence's mean loss. cosine: mean over tokens of cos(block input, block output). loss_without: mean loss of
     the model when the layer is left out, at the moment of the search when it went. seed: of the run.
     """
@@ -146,6 +149,8 @@ class Stats:
     moments: dict[str, Moments] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     squared: dict[str, Tensor] = field(default_factory=dict)
+    second_moments: dict[str, Tensor] = field(default_factory=dict)
+    output_fisher: dict[str, Tensor] = field(default_factory=dict)
     cosine: float | None = None
     loss_without: float | None = None
     seed: int = 0

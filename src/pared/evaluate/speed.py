@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,9 +72,20 @@ def peak_memory_bytes(device: str | torch.device = "cpu") -> int:
     """The most memory held so far: of this process, libraries included, or on CUDA of torch's allocator on that device."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # Linux hands ru_maxrss down from the process that started this one; the kernel's own high-water mark is ours alone.
+    if (own := _high_water_mark()) is not None:
+        return own
     try:
         import resource
     except ImportError as error:
         raise MissingError("peak memory is not measured on this system", where=sys.platform) from error
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _high_water_mark() -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
