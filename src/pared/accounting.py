@@ -72,7 +72,8 @@ def block_count(
     for name in layout.block_tensors(source):
         n = layout.parameters(name, sizes)
         params += n
-        if name in layout.consumers:
+        # Routers are matrices too, though of no class that says so.
+        if name in layout.consumers or (len(layout.shapes[name]) == 2 and name.endswith(".weight")):
             routed = "expert" in layout.tensors[name].axes and layout.tensors[name].dims_of("expert") == [0] and len(layout.shapes[name]) == 3
             flops += n * (experts_used or sizes["expert"]) // sizes["expert"] if routed else n
     if cache_entries(layout, source, sizes):

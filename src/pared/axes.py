@@ -13,6 +13,7 @@ An axis that stands in several tensors is the coupled structure: one selection c
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -203,7 +204,7 @@ def _known(node: Node, sizes: Mapping[str, int]) -> int:
 
 
 def indices(node: Node, sizes: Mapping[str, int], keep: Selection, extent: int) -> Tensor | None:
-    """Positions kept along one dimension of `extent` entries: int64 [n], or None for all of them.
+    """Positions kept along one dimension of `extent` entries: int64 [n], or None where all of them stay.
 
     Raises ModelError where the signature does not account for `extent`.
     """
@@ -228,7 +229,7 @@ def indices(node: Node, sizes: Mapping[str, int], keep: Selection, extent: int) 
             allowed[kept] = True
             inside = allowed[here]
         stays &= inside | (here < 0)
-    return stays.nonzero()[:, 0]
+    return None if bool(stays.all()) else stays.nonzero()[:, 0]
 
 
 def units(keep: Selection, axis: str, sizes: Mapping[str, int]) -> Tensor:
@@ -313,24 +314,31 @@ def count(signature: Signature, sizes: Mapping[str, int], shape: tuple[int, ...]
 def reduce_to_units(values: Tensor, signature: Signature, sizes: Mapping[str, int], axes: tuple[str, ...]) -> Tensor | None:
     """Sum an elementwise quantity over everything that belongs to each unit: fp32 [units]; None where no entry does.
 
-    axes: one axis, or an axis inside its parent, as ("kv", "g") for query heads; units then count parent-major.
+    axes: one axis, or an axis and its parent before it, as ("kv", "query") for query heads; units then count parent-major.
     An axis that stands in two dimensions of one tensor (hidden, in a square matrix) is counted in both.
     """
+    n = 1
+    for axis in axes:
+        n *= sizes[axis]
     total: Tensor | None = None
-    for dim, node in enumerate(signature.dims):
-        if not set(axes) <= names(node):
-            continue
-        at = coordinates(node, sizes)
-        unit = torch.zeros_like(at[axes[0]])
-        for axis in axes:
-            unit = torch.where(at[axis] < 0, -1, torch.where(unit < 0, -1, unit * sizes[axis] + at[axis]))
-        others = [i for i in range(values.ndim) if i != dim]
-        flat = (values.sum(others) if others else values).float()
-        n = 1
-        for axis in axes:
-            n *= sizes[axis]
-        part = torch.zeros(n, dtype=torch.float32, device=flat.device)
-        inside = (unit >= 0).to(flat.device)
-        part.index_add_(0, unit.to(flat.device)[inside], flat[inside])
+    for where in _placements(signature, axes):
+        left = sorted(set(where))
+        unit = torch.zeros([1] * len(left), dtype=torch.long)
+        for axis, dim in zip(axes, where, strict=True):
+            at = coordinates(signature.dims[dim], sizes)[axis].reshape([-1 if d == dim else 1 for d in left])
+            unit = torch.where((at < 0) | (unit < 0), -1, unit * sizes[axis] + at)
+        others = [d for d in range(values.ndim) if d not in left]
+        summed = (values.sum(others) if others else values).float()
+        at_unit = unit.expand(summed.shape).flatten().to(summed.device)
+        part = torch.zeros(n, dtype=torch.float32, device=summed.device)
+        part.index_add_(0, at_unit[at_unit >= 0], summed.flatten()[at_unit >= 0])
         total = part if total is None else total + part
     return total
+
+
+def _placements(signature: Signature, axes: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """The dimensions in which the axes stand, one for each: all in the same one or, as with channels of experts, in several."""
+    together = [dim for dim, node in enumerate(signature.dims) if set(axes) <= names(node)]
+    if together:
+        return [(dim,) * len(axes) for dim in together]
+    return list(itertools.product(*(signature.dims_of(axis) for axis in axes)))

@@ -24,7 +24,7 @@ from torch import Tensor
 from pared.errors import MissingError, ModelError, ResourceError
 from pared.tensorfile import TensorInfo, chunks, non_finite, read_header, read_tensor
 
-__all__ = ["INDEX", "SINGLE", "Checkpoint", "TensorInfo"]
+__all__ = ["INDEX", "SINGLE", "Checkpoint", "TensorInfo", "read_config"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -219,6 +219,13 @@ def _config(path: Path) -> dict[str, Any]:
     raise ModelError(
         "no config.json: this is not a model directory", where=path, fix="pass the directory that holds config.json"
     )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a directory that need not hold weights. ModelError where `Checkpoint.open` would refuse the config."""
+    config = _config(path)
+    _refuse_unsupported(path, config, trust_remote_code=False)
+    return config
 
 
 def _adapter(path: Path) -> ModelError:

@@ -27,16 +27,12 @@ def compose(first: Plan, second: Plan, dense: Layout, middle: Layout) -> Plan:
                 keep[axis] = _through(before.get(axis), after.get(axis), sizes[axis])
             else:
                 keep[axis] = _nested(parent, axis, before, after, sizes)
-        for axis, parent in dense.parents.items():
-            # A group that goes takes the row of its nested units with it, also where only the parent was cut twice.
-            if axis not in keep and axis in before:
-                keep[axis] = _nested(parent, axis, before, after, sizes)
         layers.append(layer_plan(source, keep, sizes))
     hidden = first.hidden
     if second.hidden is not None:
         kept = _through(first.selection(None, dense).get("hidden"), second.selection(None, middle)["hidden"], dense.sizes["hidden"])
         hidden = to_ranges(kept.tolist())
-    return second.model_copy(update={"layers": layers, "hidden": hidden, "model_type": first.model_type})
+    return second.model_copy(update={"layers": layers, "hidden": hidden, "model_type": first.model_type, "before": first.before})
 
 
 def _through(before: Tensor | Nested | None, after: Tensor | Nested | None, n: int) -> Tensor:

@@ -269,7 +269,7 @@ def _search_removals(
 
     One pass over the blocks for each removal: every candidate's hidden states travel side by side.
     """
-    wanted = max(1, wanted)
+    wanted = min(max(1, wanted), stream.num_layers - 1)
     entered = stream.embed(batches)
     gone: list[int] = []
     for done in range(wanted):

@@ -65,6 +65,7 @@ def make_config(data: Mapping[str, Any]) -> tuple[PreTrainedConfig, PerLayer]:
 def layer_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
     """The config that one block is built from."""
     own = copy.copy(config)
+    own.__dict__.pop("_heterogeneity_spec", None)
     for key, value in overrides.items():
         if key != "skip":
             setattr(own, key, value)

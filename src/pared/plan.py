@@ -11,12 +11,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from pared.accounting import Account
+from pared.accounting import Account, account
 from pared.axes import Nested, Selection
 from pared.errors import UsageError
 from pared.structure import Layout
 
 FORMAT = "pared-plan/1"
+# No axis of any model comes near; a plan from elsewhere can not make pared fill the memory with indices.
+_MOST_UNITS = 2**24
+_SIBLINGS = "apply a plan to the model it was made for, or to a fine-tune of the same base"
 
 
 def to_ranges(indices: Iterable[int]) -> str:
@@ -35,7 +38,7 @@ def from_ranges(text: str) -> Tensor:
     out: list[int] = []
     for part in text.split():
         first, _, last = part.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
+        if not first.isdecimal() or not (last or first).isdecimal() or not int(first) <= int(last or first) < _MOST_UNITS:
             raise UsageError(f"{part!r} is not a range of indices", where="plan")
         out.extend(range(int(first), int(last or first) + 1))
     if any(b <= a for a, b in zip(out, out[1:], strict=False)):
@@ -96,7 +99,7 @@ class Plan(BaseModel):
                 if isinstance(kept, str):
                     out[axis] = from_ranges(kept)
                 else:
-                    out[axis] = Nested(layout.parents[axis], torch.stack([from_ranges(row) for row in kept]))
+                    out[axis] = _nested(axis, [from_ranges(row) for row in kept], layout)
         return out
 
     def sizes(self, layer: int | None, layout: Layout) -> dict[str, int]:
@@ -110,6 +113,14 @@ class Plan(BaseModel):
             raise UsageError(f"the plan is for {self.model_type!r} and the model is {layout.model_type!r}", where="plan")
         if not self.layers:
             raise UsageError("the plan keeps no layer", where="plan")
+        now = account(layout, context=self.before.context)
+        for name in ("layers", "params", "block_params", "kv_cache"):
+            if getattr(now, name) != getattr(self.before, name):
+                raise UsageError(
+                    f"the plan was made for a model with {getattr(self.before, name):,} {name}, this one has {getattr(now, name):,}",
+                    where="plan",
+                    fix=_SIBLINGS,
+                )
         for i, layer in enumerate(self.layers):
             if layer.source >= layout.num_layers:
                 raise UsageError(f"the plan keeps layer {layer.source} of a model of {layout.num_layers} layers", where="plan")
@@ -120,8 +131,19 @@ class Plan(BaseModel):
                     raise UsageError(
                         f"the plan keeps units of {axis!r} in layer {layer.source} that this model does not have",
                         where="plan",
-                        fix="apply a plan to the model it was made for, or to a fine-tune of the same base",
+                        fix=_SIBLINGS,
                     )
+                if isinstance(kept, Nested) and len(index) != self.sizes(i, layout)[kept.parent]:
+                    raise UsageError(
+                        f"the plan lists {len(index)} rows of {axis!r} in layer {layer.source}, not one for each {kept.parent!r} it keeps",
+                        where="plan",
+                    )
+
+
+def _nested(axis: str, rows: list[Tensor], layout: Layout) -> Nested:
+    if axis not in layout.parents or not rows or any(len(row) != len(rows[0]) for row in rows):
+        raise UsageError(f"{axis!r} can not be kept as lists of units of these lengths", where="plan")
+    return Nested(layout.parents[axis], torch.stack(rows))
 
 
 def _first(error: Exception) -> str:

@@ -29,6 +29,9 @@ class Recipe(BaseModel):
     )
     shape: Literal["uniform", "per-layer"] = Field(default="uniform", description="equal sizes in all layers, or each its own")
     allocate: Literal["uniform", "global"] | None = Field(default=None, description="by default uniform, and global for per-layer shapes")
+    compensate: Literal["none", "bias", "refit", "sequential"] = Field(
+        default="sequential", description="how what stays is refitted to make up for what went"
+    )
     align: int | None = Field(default=None, ge=1, description="kept channels are a multiple of this; by default a fine power of two")
     keep_first: int = Field(default=0, ge=0, description="layers at the start that are left alone")
     keep_last: int = Field(default=0, ge=0, description="layers at the end that are left alone")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pared.budget import Amount, Budget
 from pared.budget.select import make_plan, recount
 from pared.calibration import Calibration, load_calibration, sample_from_model
 from pared.checkpoint import Checkpoint
+from pared.compensate import Refitted, compensate
 from pared.compose import compose
 from pared.criteria import get_criterion
 from pared.errors import ModelError, UsageError
@@ -190,6 +191,17 @@ def plan_pruning(
     return recount(plan.model_copy(update={"requested": recipe.remove, "provenance": provenance}), whole), scores
 
 
+def refit_blocks(
+    source: Source, plan: Plan, recipe: Recipe, ids: torch.Tensor | None = None, progress: Progress = silent
+) -> Iterator[Refitted] | None:
+    """Compensation as the recipe says, block by block as it is asked for; None where there is none."""
+    if recipe.compensate == "none" or plan.hidden is not None or not any(layer.keep for layer in plan.layers):
+        return None
+    stream = Stream(source.runnable, source.layout, dtype=compute_dtype(recipe), device=recipe.device)
+    batches = calibrate(source, recipe, ids).batches(recipe.batch)
+    return compensate(stream, plan, batches, mode=recipe.compensate, progress=progress)
+
+
 def _budget(layout: Layout, recipe: Recipe, amount: Amount, axes: tuple[str, ...], experts_used: int | None) -> Budget:
     n = layout.num_layers
     if recipe.keep_first + recipe.keep_last >= n:
@@ -210,8 +222,17 @@ def _provenance(source: Source, recipe: Recipe, calibration: Calibration | None)
     return out
 
 
-def write_pruned(source: Source, plan: Plan, writer: CheckpointWriter, recipe: Recipe | None = None) -> Path:
-    """Cut the source as a plan says, one block at a time, into a checkpoint. Returns where it lies."""
+def write_pruned(
+    source: Source,
+    plan: Plan,
+    writer: CheckpointWriter,
+    recipe: Recipe | None = None,
+    refitted: Iterator[Refitted] | None = None,
+) -> Path:
+    """Cut the source as a plan says, one block at a time, into a checkpoint. Returns where it lies.
+
+    refitted: for each block of the result in turn, tensors that take the place of those that are merely cut.
+    """
     layout = source.layout
     plan.check(layout)
     target, per_layer = target_config(layout, source.config, plan)
@@ -236,7 +257,8 @@ def write_pruned(source: Source, plan: Plan, writer: CheckpointWriter, recipe: R
 
     write([n for n in layout.tensors if layout.layer_of(n) is None], lambda read: cut_outside(layout, plan, read))
     for i, layer in enumerate(plan.layers):
-        write(layout.block_tensors(layer.source), lambda read, i=i: cut_block(layout, plan, i, read))  # type: ignore[misc]
+        changed = next(refitted).tensors if refitted is not None else {}
+        write(layout.block_tensors(layer.source), lambda read, i=i, c=changed: cut_block(layout, plan, i, read, c))  # type: ignore[misc]
     writer.add_file("config.json", modeling.config_json(target, per_layer))
     for path in source.checkpoint.side_files() if source.checkpoint else []:
         writer.copy_file(path)
@@ -311,10 +333,10 @@ def prune(
             "recipe": recipe.model_dump(mode="json"),
         }
         result: PreTrainedModel | None = None
+        refitted = refit_blocks(source, plan, recipe, ids, progress) if not dry_run else None
         if writer is not None:
-            report["out"] = str(write_pruned(source, plan, writer, recipe))
+            report["out"] = str(write_pruned(source, plan, writer, recipe, refitted))
         elif not dry_run:
-            dense = source.model if source.model is not None else source.resident()
-            result = cut_model(dense, source.layout, plan)
+            result = cut_model(source.resident(), source.layout, plan, refitted)
     report["seconds"] = round(time.perf_counter() - started, 2)
     return Pruned(result, plan, report, scores)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -70,15 +70,23 @@ def new_name(layout: Layout, name: str, layer: int) -> str:
     return f"{layout.prefix}.{layer}.{layout.local(name)}"
 
 
-def cut_block(layout: Layout, plan: Plan, layer: int, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """The tensors of the result's block `layer`, by their new names, cut from what `read` gives for the old ones."""
+def cut_block(
+    layout: Layout, plan: Plan, layer: int, read: Callable[[str], Tensor], changed: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of the result's block `layer`, by their new names, cut from what `read` gives for the old ones.
+
+    changed: tensors, cut already, that take the place of some, by their name inside the block.
+    """
     source = plan.layers[layer].source
     keep, sizes = plan.selection(layer, layout), layout.sizes_at(source)
-    return {
-        new_name(layout, name, layer): take(read(name), layout.tensors[name], sizes, keep)
-        for name in layout.block_tensors(source)
-        if name not in layout.tied
-    }
+    out: dict[str, Tensor] = {}
+    for name in layout.block_tensors(source):
+        if name not in layout.tied:
+            new = (changed or {}).get(layout.local(name))
+            old = read(name)
+            value = take(old, layout.tensors[name], sizes, keep) if new is None else new.to(old.dtype)
+            out[new_name(layout, name, layer)] = value
+    return out
 
 
 def cut_outside(layout: Layout, plan: Plan, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -88,13 +96,16 @@ def cut_outside(layout: Layout, plan: Plan, read: Callable[[str], Tensor]) -> di
     return {n: take(read(n), layout.tensors[n], layout.sizes, keep) for n in names}
 
 
-def cut_model(model: PreTrainedModel, layout: Layout, plan: Plan) -> PreTrainedModel:
-    """The pruned model, made in memory; the given one is left as it is."""
+def cut_model(
+    model: PreTrainedModel, layout: Layout, plan: Plan, refitted: Iterator[Any] | None = None
+) -> PreTrainedModel:
+    """The pruned model, made in memory; the given one is left as it is. refitted: as in run.write_pruned."""
     plan.check(layout)
     state = model.state_dict()
     cut = cut_outside(layout, plan, state.__getitem__)
     for i in range(len(plan.layers)):
-        cut.update(cut_block(layout, plan, i, state.__getitem__))
+        changed = next(refitted).tensors if refitted is not None else None
+        cut.update(cut_block(layout, plan, i, state.__getitem__, changed))
     config, _ = modeling.make_config(model.config.to_dict())
     return assemble(config, layout, plan, cut, generation_config=model.generation_config)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pared.accounting import AMOUNTS, Account, account, block_count, cache_entries
@@ -34,6 +34,8 @@ class Budget:
     """Counts what candidate shapes leave, and knows what was asked for.
 
     protected: layers that stay as they are. experts_used: experts that each token visits, for flops.
+    written_as: the model type that uniform sizes and a number of hidden channels would be written as, None where no
+    config can say them; by default every shape can be written.
     """
 
     layout: Layout
@@ -43,6 +45,7 @@ class Budget:
     align: int | None = None
     context: int = 1024
     experts_used: int | None = None
+    written_as: Callable[[Sizes, int | None], str | None] | None = None
     before: Account = field(init=False)
     target: float = field(init=False)
     _blocks: dict[tuple[object, ...], int] = field(default_factory=dict, init=False)
@@ -100,9 +103,14 @@ class Budget:
         if not (axis.endswith("ffn") or axis == "hidden"):
             return 1
         if self.align is not None:
-            return self.align
+            return math.lcm(self.align, self.grain(axis))
         # Kernels like round numbers, and the budget wants fine steps: a power of two under 1% of the axis.
-        return max(1, min(64, 2 ** int(math.log2(max(1, n // 128)))))
+        return max(self.grain(axis), min(64, 2 ** int(math.log2(max(1, n // 128)))))
+
+    def grain(self, axis: str) -> int:
+        """The multiple below which the pruned model would not run: grouped products of experts want rows of 16 bytes."""
+        stacked = any(axis in s.axes and len(self.layout.shapes[n]) == 3 for n, s in self.layout.tensors.items())
+        return 8 if stacked and axis not in ("kv", "query") else 1
 
     def unreachable(self, most: float) -> UsageError:
         """The error for an amount that these axes can not give; most: the largest share that they can."""

@@ -27,20 +27,22 @@ def allocate_ranked(budget: Budget, scores: Scores) -> dict[int, Sizes]:
     }
     at = dict.fromkeys(ladders, 0)
     heap: list[tuple[float, int, str, int]] = []
+    price: dict[tuple[int, str], float] = {}
 
     def push(i: int, a: str) -> None:
         if at[i, a] < len(ladders[i, a]):
             score, after = ladders[i, a][at[i, a]]
             saved = _saves(budget, i, a, after, sizes[i])
             if saved > 0:
-                heapq.heappush(heap, (score / saved if scores.comparable else score, i, a, at[i, a]))
+                price[i, a] = score / saved if scores.comparable else score
+                heapq.heappush(heap, (price[i, a], i, a, at[i, a]))
 
     for i, a in ladders:
         push(i, a)
     removed = 0
     while heap and removed < budget.target:
-        _, i, a, step = heapq.heappop(heap)
-        if step != at[i, a]:
+        now, i, a, step = heapq.heappop(heap)
+        if step != at[i, a] or now != price[i, a]:
             continue
         after = ladders[i, a][step][1]
         removed += _saves(budget, i, a, after, sizes[i])

@@ -98,7 +98,7 @@ def select(layout: Layout, scores: Scores, layer: int, sizes: Sizes) -> dict[str
     keep: dict[str, Tensor | Nested] = {}
     for axis in sorted(sizes, key=lambda a: a in layout.parents):  # parents first
         n = sizes[axis]
-        if n == full[axis] or axis not in full:
+        if axis not in full or n == full[axis]:
             continue
         value = scores.of[layer, axis]
         parent = layout.parents.get(axis)

@@ -10,6 +10,10 @@ import itertools
 from dataclasses import dataclass
 
 from pared.budget import Budget, Sizes
+from pared.errors import UsageError
+
+# What it costs, as imbalance, to be written as another model type: a few per cent more of one kind of structure.
+OTHER_TYPE = 0.02
 
 
 @dataclass(frozen=True)
@@ -24,19 +28,37 @@ class Shape:
 
 def allocate_uniform(budget: Budget) -> Shape:
     """The most balanced uniform shape that removes at least the amount asked for."""
-    best: tuple[float, Shape] | None = None
+    enough: list[tuple[float, Shape]] = []
     most = 0.0
     total = budget.before.amount(budget.amount.of)
     for coarse in _coarse_levels(budget):
         shape = _fill(budget, coarse)
         most = max(most, shape.removed / total)
-        if shape.removed < budget.target:
-            continue
-        penalty = _imbalance(budget, shape) + 10 * (shape.removed - budget.target) / total
-        if best is None or penalty < best[0] - 1e-12:
-            best = penalty, shape
-    if best is None:
+        if shape.removed >= budget.target:
+            penalty = _imbalance(budget, shape) + 10 * (shape.removed - budget.target) / total
+            enough.append((round(penalty, 12), shape))
+    if not enough:
         raise budget.unreachable(most)
+    return _best_written(budget, sorted(enough, key=lambda e: e[0]))
+
+
+def _best_written(budget: Budget, shapes: list[tuple[float, Shape]]) -> Shape:
+    """The best of these, best first, that a config can say, those of the model's own type at an advantage."""
+    best: tuple[float, Shape] | None = None
+    for penalty, shape in shapes:
+        if best is not None and best[0] <= penalty:
+            break
+        kind = budget.written_as(shape.sizes, shape.hidden) if budget.written_as else budget.layout.model_type
+        if kind is not None:
+            other = OTHER_TYPE if kind != budget.layout.model_type else 0.0
+            if best is None or penalty + other < best[0]:
+                best = penalty + other, shape
+    if best is None:
+        raise UsageError(
+            f"no config of a {budget.layout.model_type} can say the uniform sizes that would remove {budget.amount.remove:.1%}",
+            where="--remove",
+            fix="another amount, other structures, or --shape per-layer",
+        )
     return best[1]
 
 
@@ -63,7 +85,8 @@ def _coarse_levels(budget: Budget) -> list[dict[str, int]]:
             free = layout.num_layers - len(budget.protected)
             choices[axis] = list(range(layout.num_layers, max(len(budget.protected), layout.num_layers - free), -1))
         elif axis == "hidden":
-            step = budget.step(axis) if budget.width_axes else 1 if budget.align is None else budget.align
+            fine = budget.align is None and not budget.width_axes  # nothing else makes up for a coarse step
+            step = budget.grain(axis) if fine else budget.step(axis)
             levels = [n for n in range(sizes["hidden"], 0, -1) if n == sizes["hidden"] or n % step == 0]
             choices[axis] = levels[:: max(1, len(levels) // 512)]
     return [dict(zip(choices, c, strict=True)) for c in itertools.product(*choices.values())]

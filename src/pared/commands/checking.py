@@ -1,0 +1,185 @@
+"""eval, inspect, verify and ls: commands that show and write nothing. What they show is data: it goes to stdout."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pared.commands.options import AsFormat, Format, Model
+from pared.errors import ModelError, ParedError
+
+
+class Listed(StrEnum):
+    """What `pared ls` can list."""
+
+    criteria = "criteria"
+    families = "families"
+    recipes = "recipes"
+
+
+class Dtype(StrEnum):
+    """What an evaluation computes in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Against = Annotated[str | None, typer.Option("--against", metavar="MODEL", help="the dense model, for KL and agreement")]
+Text = Annotated[str, typer.Option("--text", metavar="FILE", help=".txt or .jsonl; self: text that the dense model writes")]
+SeqLen = Annotated[int | None, typer.Option("--seq-len", metavar="N", help="tokens in a window; by default up to 512")]
+Stride = Annotated[int | None, typer.Option("--stride", metavar="N", help="tokens between windows; by default none overlap")]
+Batch = Annotated[int, typer.Option("--batch", metavar="N", help="windows that run together")]
+MaxWindows = Annotated[int | None, typer.Option("--max-windows", metavar="N", help="stop after so many windows")]
+ComputeDtype = Annotated[Dtype, typer.Option("--dtype", help="what to compute in; auto: fp32 on a CPU, else the checkpoint's")]
+Device = Annotated[str, typer.Option("--device", help="where to compute")]
+NoSpeed = Annotated[bool, typer.Option("--no-speed", help="do not measure speed and memory")]
+Align = Annotated[int | None, typer.Option("--align", metavar="N", min=1, help="kept channels are a multiple of this")]
+
+
+def evaluate(
+    model: Model,
+    against: Against = None,
+    text: Text = "self",
+    seq_len: SeqLen = None,
+    stride: Stride = None,
+    batch: Batch = 8,
+    max_windows: MaxWindows = None,
+    dtype: ComputeDtype = Dtype.auto,
+    device: Device = "cpu",
+    no_speed: NoSpeed = False,
+    format: AsFormat = Format.text,
+) -> None:
+    """Measure a model: perplexity, KL to the dense model, parameters, bytes, speed, memory."""
+    from pared.evaluate.report import evaluate as run
+    from pared.report.console import Reporter, emit_json, out, show
+    from pared.report.tables import evaluation
+
+    with Reporter() as progress:
+        report = run(
+            model,
+            against=against,
+            text=text,
+            seq_len=seq_len,
+            stride=stride,
+            batch=batch,
+            max_windows=max_windows,
+            dtype=dtype.value,
+            device=device,
+            speed=not no_speed,
+            progress=progress,
+        )
+    if format is Format.json:
+        emit_json(report)
+    else:
+        show(out(), evaluation(report))
+
+
+def inspect(
+    model: Model,
+    align: Align = None,
+    format: AsFormat = Format.text,
+) -> None:
+    """Show what a model is made of, what can be removed, and how large it would be then.
+
+    Reads no weights: config.json and the headers of the tensors are enough, of a hub model too.
+    """
+    from pared.report.console import emit_json, out, show
+    from pared.report.inspection import describe, inspect_model
+    from pared.report.tables import inspection
+    from pared.run import resolve_axes
+
+    described = describe(model)
+    try:
+        axes = resolve_axes(described.layout, None)
+    except ModelError:
+        axes = ()  # nothing is proved; the table says why
+    report = inspect_model(described, axes, align=align)
+    if format is Format.json:
+        emit_json(report)
+    else:
+        show(out(), inspection(report))
+
+
+def verify(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="a checkpoint", show_default=False)],
+    format: AsFormat = Format.text,
+) -> None:
+    """Check a checkpoint: hashes, shapes, config against tensors, finite weights.
+
+    Exit code 3 and one line for each problem if anything is wrong.
+    """
+    from pared.report.console import emit_json
+    from pared.verify import verify as run
+
+    problems = run(model)
+    if format is Format.json:
+        emit_json({"path": str(model), "ok": not problems, "problems": [{"where": p.where, "what": p.what} for p in problems]})
+    elif problems:
+        sys.stderr.writelines(f"{p.where}: {p.what}\n" for p in problems)
+    else:
+        sys.stdout.write(f"{model}: nothing is wrong\n")
+    if problems:
+        raise typer.Exit(ModelError.exit_code)
+
+
+def ls(
+    what: Annotated[Listed, typer.Argument(metavar="criteria|families|recipes", help="what to list", show_default=False)],
+    format: AsFormat = Format.text,
+) -> None:
+    """List the criteria, the families with data of their own, or the recipes that ship."""
+    from pared.report import tables
+    from pared.report.console import emit_json, out, show
+
+    found, parts = {Listed.criteria: _criteria, Listed.families: _families, Listed.recipes: _recipes}[what](tables)
+    if format is Format.json:
+        emit_json({what.value: found})
+    else:
+        show(out(), parts)
+
+
+def _criteria(tables: Any) -> tuple[list[dict[str, Any]], Any]:
+    from pared.criteria import all_criteria
+
+    found = [
+        {
+            "name": c.name,
+            "needs": c.needs,
+            "axes": None if c.axes is None else list(c.axes),
+            "paper": c.paper,
+            "comparable": c.comparable,
+            "about": c.about,
+        }
+        for c in all_criteria().values()
+    ]
+    return found, tables.criteria(found)
+
+
+def _families(tables: Any) -> tuple[list[dict[str, Any]], Any]:
+    from pared.families import STAND_INS
+
+    found = [{"model_type": k, "written_as": v.model_type} for k, v in sorted(STAND_INS.items())]
+    rows = [(f["model_type"], f"written as {f['written_as']} where its own config can not say the sizes") for f in found]
+    rest = (
+        "All other families need no data: the layout of any decoder-only model that transformers builds is discovered from "
+        "its config and proved before anything is cut. pared inspect MODEL shows what the proof gave."
+    )
+    return found, [tables.table("Families with data of their own", ("model type", ""), rows, left=2), rest]
+
+
+def _recipes(tables: Any) -> tuple[list[dict[str, Any]], Any]:
+    from pared.recipe import load_recipe, shipped_recipes
+
+    found: list[dict[str, Any]] = []
+    for name, path in shipped_recipes().items():
+        try:
+            found.append({"name": name, "path": str(path), "settings": load_recipe(name)})
+        except ParedError as error:
+            raise type(error)(error.what, where=path, fix=error.fix) from error
+    rows = [(f["name"], ", ".join(f"{k} {v}" for k, v in f["settings"].items())) for f in found]
+    return found, [tables.table("", ("recipe", "settings"), rows, left=2)]

@@ -1,0 +1,262 @@
+"""One evaluation as a record: quality, size and speed of a checkpoint, and of the dense model that it is compared with."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pared import modeling
+from pared.accounting import Account, account
+from pared.calibration import check_seq_len, check_size, sample_from_model
+from pared.checkpoint import Checkpoint
+from pared.errors import ModelError, UsageError
+from pared.evaluate.perplexity import Logits, Quality, Windows, logits_of, measure, protocol, windows
+from pared.evaluate.speed import measure_speed, peak_memory_bytes
+from pared.proof import proved_layout
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+DEFAULT_SEQ_LEN = 512
+SELF_WINDOWS = 64
+# A seed that nobody calibrates with, so that text to be scored is never the text that was calibrated on.
+SELF_SEED = 1_000_003
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PROMPT, _DECODE = 128, 32
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint that is evaluated: opened and counted, not loaded."""
+
+    checkpoint: Checkpoint
+    config: PreTrainedConfig
+    counts: Account
+
+    @classmethod
+    def open(cls, model: str | Path) -> Subject:
+        checkpoint = Checkpoint.open(model)
+        config, per_layer = modeling.make_config(checkpoint.config)
+        used = next((v for k in ("num_experts_per_tok", "moe_k") if (v := getattr(config, k, None))), None)
+        return cls(checkpoint, config, account(proved_layout(config, per_layer), experts_used=used))
+
+    @property
+    def max_positions(self) -> int | None:
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return AutoTokenizer.from_pretrained(self.checkpoint.path, config=self.config)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"the tokenizer can not be loaded: {error}", where=self.checkpoint.path) from error
+
+    def facts(self) -> dict[str, Any]:
+        """What needs no run to be known."""
+        c = self.counts
+        return {
+            "model": str(self.checkpoint.path),
+            "params": c.params,
+            "block_params": c.block_params,
+            "bytes": self.checkpoint.nbytes,
+            "macs_per_token": c.flops,
+            "macs_context": c.context,
+            "kv_cache_per_token": c.kv_cache,
+            "layers": c.layers,
+        }
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    text: str | Path = "self",
+    seq_len: int | None = None,
+    stride: int | None = None,
+    batch: int = 8,
+    max_windows: int | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    speed: bool = True,
+    progress: Progress = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """Perplexity, size and speed of a checkpoint; with `against`, KL and agreement with that dense model, and its own numbers.
+
+    text: a .txt or .jsonl file, or "self" for text that the dense model (without one: the model itself) writes.
+    seq_len: by default 512, or what the model can take. max_windows: how much of the text; of "self" 64 windows.
+    dtype "auto": fp32 on a CPU, elsewhere the checkpoint's own. Raises UsageError and ModelError.
+    """
+    ours = Subject.open(model)
+    dense = None if against is None else Subject.open(against)
+    reference = dense or ours
+    limit = min((n for s in (ours, reference) if (n := s.max_positions) is not None), default=None)
+    seq_len = seq_len if seq_len is not None else min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
+    if max_windows is not None and max_windows < 1:
+        raise UsageError(f"{max_windows} windows hold no text", where="max_windows", fix="use 1 or more, or none for all")
+    given = _given(text, reference, seq_len, stride, max_windows, limit)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}", where="dtype", fix=f"one of auto, {', '.join(DTYPES)}")
+    compute = DTYPES.get(dtype, torch.float32 if torch.device(device).type == "cpu" else None)
+
+    def load(subject: Subject) -> PreTrainedModel:
+        return modeling.load(subject.checkpoint.path, dtype=compute, device=device)
+
+    # Each model alone, the one asked about first: what the other one needs must not count as its memory.
+    costs = {id(s): _cost(load, s, device, progress) if speed else _NO_COST for s in (ours, dense) if s is not None}
+    base = load(reference)
+    text_windows, how = given or _self_text(base, reference, seq_len, max_windows or SELF_WINDOWS, progress)
+    quality, of_dense = _quality(base, None if dense is None else load(ours), text_windows, batch, device, progress)
+    report = {
+        "perplexity": quality.perplexity,
+        "nll": quality.nll,
+        "tokens": quality.tokens,
+        "seq_len": quality.seq_len,
+        "stride": quality.stride,
+        "kl": quality.kl,
+        "top1_agreement": quality.top1_agreement,
+        **ours.facts(),
+        **costs[id(ours)],
+        "text": str(text),
+        "dtype": dtype if dtype != "auto" else str(base.dtype).removeprefix("torch."),
+        "device": device,
+        "protocol": how + (_speed_protocol(limit) if speed else ""),
+    }
+    if dense is not None and of_dense is not None:
+        own = {"perplexity": of_dense.perplexity, "nll": of_dense.nll}
+        report["against"] = {**own, **dense.facts(), **costs[id(dense)]}
+    return report
+
+
+def _given(
+    text: str | Path, subject: Subject, seq_len: int, stride: int | None, max_windows: int | None, limit: int | None
+) -> tuple[Windows, str] | None:
+    """The windows of a file and how they were made; None where the model has to write the text first."""
+    if str(text) == "self":
+        check_size(max_windows or SELF_WINDOWS, seq_len, limit)
+        if stride is not None:
+            what = "text that the model writes comes in separate windows"
+            raise UsageError(what, where="stride", fix="give a file, or no stride")
+        return None
+    check_seq_len(seq_len, limit)
+    whole = windows(Path(text), subject.tokenizer(), seq_len, stride, max_positions=limit)
+    how = f"{Path(text).name}: {protocol(whole)}"
+    if max_windows is None or max_windows >= len(whole.ids):
+        return whole, how
+    part = replace(whole, ids=whole.ids[:max_windows], first_scored=whole.first_scored[:max_windows])
+    return part, f"{how} Of these the first {max_windows} windows alone: {part.tokens} tokens scored."
+
+
+def _self_text(model: PreTrainedModel, subject: Subject, seq_len: int, count: int, progress: Progress) -> tuple[Windows, str]:
+    progress("sampling text", 0, 1)
+    ids = sample_from_model(model, subject.tokenizer(), count, seq_len, SELF_SEED)
+    progress("sampling text", 1, 1)
+    text = Windows(ids, torch.ones(count, dtype=torch.int64), None, count, ids.numel())
+    how = (
+        f"{count} windows of {seq_len} tokens that {subject.checkpoint.path.name} itself writes (ancestral sampling at "
+        f"temperature 1, seed {SELF_SEED}), of which the first token is not scored: {text.tokens} tokens scored."
+    )
+    return text, how
+
+
+_NO_COST: dict[str, Any] = {"prefill_tokens_per_s": None, "decode_tokens_per_s": None, "peak_memory_bytes": None}
+
+
+def _speed_sizes(limit: int | None) -> tuple[int, int]:
+    """Tokens of the prompt and tokens after it, within what the model can take."""
+    total = min(_PROMPT + _DECODE, limit or _PROMPT + _DECODE)
+    decode = max(1, total // 5)
+    return total - decode, decode
+
+
+def _speed_protocol(limit: int | None) -> str:
+    prompt, decode = _speed_sizes(limit)
+    return (
+        f" Speed: one sequence, a prompt of {prompt} tokens and {decode} greedy steps after it with the key-value cache, the "
+        "best of 3 runs. Peak memory: of the process while this model alone is loaded and does that."
+    )
+
+
+def _cost(load: Callable[[Subject], PreTrainedModel], subject: Subject, device: str, progress: Progress) -> dict[str, Any]:
+    """Speed and peak memory of a model that is alone in memory, and gone afterwards."""
+    progress("speed", 0, 1)
+    _forget_peak(device)
+    model = load(subject)
+    prompt, decode = _speed_sizes(subject.max_positions)
+    speed = measure_speed(model, prompt=prompt, decode=decode)
+    progress("speed", 1, 1)
+    return {
+        "prefill_tokens_per_s": speed.prefill_tokens_per_s,
+        "decode_tokens_per_s": speed.decode_tokens_per_s,
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }
+
+
+def _forget_peak(device: str) -> None:
+    """Let the peak of memory begin at what is held now, where the system allows that."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _quality(
+    base: PreTrainedModel, ours: PreTrainedModel | None, text: Windows, batch: int, device: str, progress: Progress
+) -> tuple[Quality, Quality | None]:
+    """Quality of `ours` against `base`, and of `base` itself; of `base` alone where there is no other.
+
+    A batch of windows at a time, so that the dense logits serve both.
+    """
+    if batch < 1:
+        raise UsageError(f"a batch of {batch} windows holds nothing", where="batch", fix="use a batch of 1 or more")
+    parts: list[tuple[Quality, Quality | None]] = []
+    dense = logits_of(base)
+    for first in range(0, len(text.ids), batch):
+        part = replace(text, ids=text.ids[first : first + batch], first_scored=text.first_scored[first : first + batch])
+        logits = _last(dense)
+        try:
+            if ours is None:
+                parts.append((measure(logits, part, batch=batch, device=device), None))
+            else:
+                quality = measure(logits_of(ours), part, against=logits, batch=batch, device=device)
+                parts.append((quality, measure(logits, part, batch=batch, device=device)))
+        except ModelError as error:
+            raise ModelError(error.what, where=f"windows {first} to {first + len(part.ids) - 1}", fix=error.fix) from error
+        progress("windows", min(first + batch, len(text.ids)), len(text.ids))
+    return _mean([q for q, _ in parts]), None if ours is None else _mean([q for _, q in parts if q is not None])
+
+
+def _last(logits: Logits) -> Logits:
+    """The same function, computed once for what it is asked twice in a row."""
+    held: list[tuple[Tensor, Tensor]] = []
+
+    def remembered(ids: Tensor) -> Tensor:
+        if not held or not torch.equal(held[0][0], ids):
+            held[:] = [(ids, logits(ids))]
+        return held[0][1]
+
+    return remembered
+
+
+def _mean(parts: list[Quality]) -> Quality:
+    """The quality over all parts, each weighted by its tokens."""
+    tokens = sum(q.tokens for q in parts)
+
+    def over(value: Callable[[Quality], float | None]) -> float | None:
+        found = [(v, q.tokens) for q in parts if (v := value(q)) is not None]
+        return math.fsum(v * n for v, n in found) / tokens if found else None
+
+    nll = over(lambda q: q.nll) or 0.0
+    return replace(
+        parts[0],
+        perplexity=math.exp(nll) if nll < 709 else math.inf,  # exp overflows a float64 above that
+        nll=nll,
+        tokens=tokens,
+        kl=over(lambda q: q.kl),
+        top1_agreement=over(lambda q: q.top1_agreement),
+    )

@@ -1,0 +1,172 @@
+"""The records that pared makes, as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+
+_SIZES = (("params", "parameters"), ("block_params", "of these in blocks"))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:
+    """A plain table; the first `left` columns are words, the others numbers."""
+    out = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(columns):
+        out.add_column(name, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        out.add_row(*row)
+    return out
+
+
+def pruned(report: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> Iterator[RenderableType]:
+    """Before and after, and the sizes that are left. report: of `pared.prune`; kept: from `kept_units`."""
+    before, after = report["before"], report["after"]
+    names = (
+        *_SIZES,
+        ("flops", f"multiply-adds per token, context {before['context']}"),
+        ("kv_cache", "cache entries per token"),
+        ("layers", "layers"),
+    )
+    rows = [(label, f"{before[key]:,}", f"{after[key]:,}", _change(before[key], after[key])) for key, label in names]
+    yield table("", ("", "before", "after", "change"), rows)
+    asked = "" if report.get("requested") is None else f" ({report['requested']:.2%} asked for)"
+    yield f"removed {report['removed']:.2%} of {report['of']}{asked}"
+    if kept:
+        yield "kept in each layer: " + ", ".join(f"{axis} {_spread(counts)}" for axis, counts in kept.items())
+
+
+def kept_units(plan: Any) -> dict[str, list[int]]:
+    """Axis -> units that stay, in each layer where some go; of a nested axis in each unit of its parent."""
+    from pared.plan import from_ranges
+
+    found: dict[str, list[int]] = {}
+    for layer in plan.layers:
+        for axis, kept in layer.keep.items():
+            found.setdefault(axis, []).append(len(from_ranges(kept if isinstance(kept, str) else kept[0])))
+    return found
+
+
+def _spread(counts: Sequence[int]) -> str:
+    return f"{min(counts):,}" if len(set(counts)) == 1 else f"{min(counts):,} to {max(counts):,}"
+
+
+def _change(before: float, after: float) -> str:
+    return f"{after / before - 1:+.1%}" if before else ""
+
+
+def evaluation(report: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Quality and cost of a model, beside those of the dense one where there is one."""
+    dense = report.get("against")
+    rows: list[tuple[str, ...]] = []
+    for key, label, form in _EVALUATED:
+        ours = report.get(key)
+        if ours is None:
+            continue
+        if dense is None:
+            rows.append((label, form(ours)))
+            continue
+        theirs = dense.get(key)
+        numbers = theirs is not None and key not in _ONLY_OURS
+        rows.append((label, form(theirs) if numbers else "", form(ours), _change(theirs, ours) if numbers else ""))
+    yield table("", ("", "dense", "pruned", "change") if dense else ("", "model"), rows)
+    yield report["protocol"]
+
+
+def nbytes(n: float) -> str:
+    """Bytes for a reader: 1.03 GB."""
+    for unit in ("B", "kB", "MB"):
+        if abs(n) < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:,.2f} GB" if n < 1000 else f"{n / 1000:,.3f} TB"
+
+
+def _count(n: float) -> str:
+    return f"{n:,.0f}"
+
+
+_ONLY_OURS = {"kl", "top1_agreement"}
+_EVALUATED = (
+    ("perplexity", "perplexity", lambda v: f"{v:.4g}"),
+    ("kl", "KL(dense || pruned), nats per token", lambda v: f"{v:.4f}"),
+    ("top1_agreement", "same first choice", lambda v: f"{v:.1%}"),
+    ("params", "parameters", _count),
+    ("block_params", "of these in blocks", _count),
+    ("bytes", "bytes", nbytes),
+    ("macs_per_token", "multiply-adds per token", _count),
+    ("kv_cache_per_token", "cache entries per token", _count),
+    ("prefill_tokens_per_s", "prefill, tokens/s", _count),
+    ("decode_tokens_per_s", "decode, tokens/s", _count),
+    ("peak_memory_bytes", "peak memory", nbytes),
+)
+
+
+def inspection(report: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What a model is made of, what can go, and what is left then."""
+    sizes = ", ".join(f"{k} {_units(v)}" for k, v in report["sizes"].items())
+    yield f"{report['model']}: {report['model_type']}, {report['layers']} layers, {sizes}"
+    yield (
+        f"{report['params']:,} parameters ({report['block_params']:,} in blocks), "
+        f"{nbytes(report['bytes'])} as {report['dtype']}, "
+        f"{nbytes(report['kv_cache_bytes_per_token'])} of cache per token"
+        + ("" if report["weights"] == "headers" else f" ({report['weights']})")
+    )
+    rows = []
+    for a in report["axes"]:
+        rows.append(
+            (
+                a["axis"],
+                f"{_units(a['units'])}" + (f" per {a['inside']}" if a["inside"] else ""),
+                f"{a['parameters']:,}",
+                f"{a['share']:.1%}",
+                "proved" if a["proved"] else f"no: {a['reason']}",
+                _expressible(a["config"], report["model_type"]),
+                f"multiples of {a['multiple_of']}" if a["multiple_of"] > 1 else "any",
+            )
+        )
+    columns = ("axis", "units", "parameters", "share", "removable", "sizes that a config can say", "alignment")
+    out = table("What can be removed", columns, rows)
+    for i in (4, 5, 6):
+        out.columns[i].justify = "left"
+    yield out
+    rows = []
+    for p in report["predictions"]:
+        start = (f"{p['remove']:.0%}",)
+        if "reason" in p:
+            rows.append((*start, "out of reach", "", "", "", "", ""))
+            continue
+        rows.append(
+            (
+                *start,
+                f"{p['removed']:.2%}",
+                f"{p['params']:,}",
+                nbytes(p["bytes"]),
+                f"{p['macs_per_token']:,}",
+                nbytes(p["kv_cache_bytes_per_token"]),
+                ", ".join(f"{a} {n}" for a, n in p["sizes"].items()),
+            )
+        )
+    what = ", ".join(report["removes"]) or "nothing"
+    columns = ("remove", "removed", "parameters", "bytes", "multiply-adds/token", "cache/token", "sizes left in each layer")
+    yield table(f"What --remove of block-params would leave (taking {what}, uniform)", columns, rows)
+
+
+def _units(units: Any) -> str:
+    return f"{units:,}" if isinstance(units, int) else f"{min(units):,} to {max(units):,}"
+
+
+def _expressible(config: Mapping[str, str] | None, own: str) -> str:
+    if config is None:
+        return ""
+    # A family's own sizes first, then those that another family's config says for it.
+    order = sorted(config, key=lambda kind: (kind != own, kind == "per-layer", kind))
+    return "; ".join(config[k] if k == own else f"{config[k]} {'' if k == 'per-layer' else 'as '}{k}" for k in order)
+
+
+def criteria(found: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    rows = [(c["name"], c["needs"], ", ".join(c["axes"]) if c["axes"] else "all", c["paper"], c["about"]) for c in found]
+    yield table("", ("criterion", "needs", "scores", "paper", ""), rows, left=5)

@@ -1,0 +1,107 @@
+"""Tiny random models of every family, with weights of a size at which every part of them matters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from pared.modeling import hf_quiet
+from pared.run import Pruned, prune
+
+VOCAB, WINDOW = 64, 6
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_SHARED = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "max_position_embeddings": 64, **_TOKENS}
+_GQA = {**_SHARED, "intermediate_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4}
+_OWN_HEAD_SIZE = {**_GQA, "head_dim": 8}  # heads * head_dim != hidden_size
+_ALTERNATING = {
+    "num_hidden_layers": 4,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+}
+_BY_HEADS = {**_SHARED, "num_attention_heads": 4}
+
+# name -> (config class, settings). Every family that pared supports by name, and the variants of attention.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _GQA),
+    "llama-3-kv": ("LlamaConfig", {**_GQA, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}),
+    "llama-mha": ("LlamaConfig", {**_GQA, "num_key_value_heads": 8}),
+    "llama-mqa-tied": ("LlamaConfig", {**_GQA, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama-biases": ("LlamaConfig", {**_GQA, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("MistralConfig", {**_OWN_HEAD_SIZE, "sliding_window": WINDOW}),
+    "qwen2": ("Qwen2Config", {**_GQA, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", _OWN_HEAD_SIZE),
+    "gemma": ("GemmaConfig", _OWN_HEAD_SIZE),
+    "gemma2": ("Gemma2Config", {**_OWN_HEAD_SIZE, **_ALTERNATING}),
+    "gemma3_text": ("Gemma3TextConfig", {**_OWN_HEAD_SIZE, **_ALTERNATING}),
+    "phi3": ("Phi3Config", _GQA),
+    "glm": ("GlmConfig", _OWN_HEAD_SIZE),
+    "glm4": ("Glm4Config", _OWN_HEAD_SIZE),
+    "olmo2": ("Olmo2Config", _GQA),
+    "gpt_neox": ("GPTNeoXConfig", {**_BY_HEADS, "intermediate_size": 48}),
+    "gpt2": ("GPT2Config", {**_BY_HEADS, "n_inner": None}),
+    "bloom": ("BloomConfig", _BY_HEADS),
+    "mixtral": ("MixtralConfig", {**_OWN_HEAD_SIZE, "num_local_experts": 3, "num_experts_per_tok": 2}),
+}
+
+
+def config(family: str, **changes: Any) -> PreTrainedConfig:
+    kind, settings = FAMILIES[family]
+    return getattr(transformers, kind)(**{**settings, **changes})
+
+
+def model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model in fp32 and eval mode."""
+    with hf_quiet():
+        built = AutoModelForCausalLM.from_config(config(family, **changes), dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in built.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(noise * p.shape[-1] ** -0.5 if p.ndim > 1 else p + 0.1 * noise)
+    return built
+
+
+def tokens(rows: int = 6, length: int = 16, *, seed: int = 3) -> Tensor:
+    """Token ids int64 [rows, length], no special ones among them."""
+    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(built: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
+    """Logits [rows, length, vocab] of tokens that reach beyond the sliding windows."""
+    return built(input_ids=tokens(2, 3 * WINDOW) if ids is None else ids, use_cache=False).logits
+
+
+def save(built: PreTrainedModel, path: Path) -> Path:
+    """A checkpoint on disk, as transformers writes it."""
+    with hf_quiet():
+        built.save_pretrained(path)
+    return path
+
+
+def cut(source: PreTrainedModel | Path, **settings: Any) -> Pruned:
+    """Prune by random scores and without compensation, unless the settings say otherwise."""
+    return prune(source, **{"calibration": tokens(), "criterion": "random", "compensate": "none", "remove": 0.2, **settings})
+
+
+def close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> bool:
+    """Equal to within the tolerance, relative to the largest entry."""
+    return got.shape == want.shape and bool((got - want).abs().max() <= tolerance * want.abs().max().clamp(min=1e-30))
+
+
+def equal_states(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def numel(shape: Iterable[int]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
