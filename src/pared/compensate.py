@@ -14,6 +14,7 @@ alpha = 0 is the plain refit of the layer on the pruned stream. "refit" walks on
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from pared import modeling
-from pared.axes import indices, take
+from pared.axes import Selection, indices, take
 from pared.calibration import Batch
 from pared.errors import UsageError
 from pared.estimate import Progress, consumers, silent
 from pared.leastsquares import Moments2, refit_guarded
 from pared.plan import Plan, kept_sizes
+from pared.reconstruct import reconstruct
 from pared.stream import Stream, unpadded
 from pared.structure import Layout, resize
 
@@ -56,13 +58,17 @@ def compensate(
     *,
     mode: str = "sequential",
     alpha: float = ALPHA,
+    steps: int = 0,
+    seed: int = 0,
     progress: Progress = silent,
 ) -> Iterator[Refitted]:
     """For each block of the result in turn, the consumers' weights refitted to the plan's kept units.
 
     Layers that the plan leaves out are passed over: their part of the drift goes into the
-    targets of the layers after them. Hidden channels can not be cut at the same time.
+    targets of the layers after them. steps: of block reconstruction, after the refit. Hidden channels can not be cut at the same time.
     """
+    if steps and mode == "refit":
+        raise UsageError("reconstruction needs the pruned stream", where="--compensate refit", fix="--compensate sequential")
     if plan.hidden is not None:
         raise UsageError("hidden channels and a refit can not be combined", where="--compensate", fix="--compensate none")
     batches = unpadded(batches)
@@ -71,7 +77,7 @@ def compensate(
     place = {layer.source: i for i, layer in enumerate(plan.layers)}
     for i in range(stream.num_layers):
         with stream.block(i) as block, torch.no_grad():
-            walk = _Block(stream, plan, i, place.get(i), block, mode, alpha)
+            walk = _Block(stream, plan, i, place.get(i), block, mode, alpha, steps, seed)
             x, pruned = walk.advance(x, pruned)
         progress("refit", i + 1, stream.num_layers)
         if i in place:
@@ -90,10 +96,12 @@ class _Block:
         block: nn.Module,
         mode: str,
         alpha: float,
+        steps: int,
+        seed: int,
     ) -> None:
         self.stream, self.i, self.block = stream, source, block
         self.layout: Layout = stream.layout
-        self.mode, self.alpha, self.place = mode, alpha, place
+        self.mode, self.alpha, self.place, self.steps, self.seed = mode, alpha, place, steps, seed
         self.keep = plan.selection(place, self.layout) if place is not None else {}
         self.sizes = self.layout.sizes_at(source)
         self.weights = {n: p.detach() for n, p in block.named_parameters()}
@@ -109,13 +117,19 @@ class _Block:
         if self.mode == "refit":
             pruned = x
         targets = x
-        for stage, name in enumerate(order):
+        for stage, name in enumerate(order if self.mode != "none" else []):
             if additive:
                 targets = [t + y for t, y in zip(targets, outputs[name], strict=True)]
             self._refit(name, order[:stage], pruned, targets if additive else None, outputs[name])
         if self.mode == "refit":
             return after, after
-        moved = self._module({a: k for a, k in self.keep.items()})
+        moved = self._module(self.keep)
+        if self.steps:
+            moved = copy.deepcopy(moved)  # tensors that nothing cut are still the dense block's own
+            reconstruct(
+                moved, lambda m, h: self.stream.run(m, self.i, h), pruned, after, steps=self.steps, seed=self.seed + self.i
+            )
+            self.changed = {n: p.detach() for n, p in moved.named_parameters()}
         return after, [self.stream.run(moved, self.i, h) for h in pruned]
 
     # ---- the dense stream ------------------------------------------------------------------------------------------
@@ -210,7 +224,7 @@ class _Block:
         kept = indices(self.layout.tensors[full].dims[dim], self.sizes, self.keep, self.layout.shapes[full][dim])
         return torch.arange(self.layout.shapes[full][dim]) if kept is None else kept
 
-    def _module(self, keep: dict[str, Any]) -> nn.Module:
+    def _module(self, keep: Selection) -> nn.Module:
         """The block with only `keep` applied, refitted tensors where there are some."""
         if not keep and not self.changed:
             return self.block

@@ -49,7 +49,7 @@ def make_config(data: Mapping[str, Any]) -> tuple[PreTrainedConfig, PerLayer]:
     """The global config and the per-layer overrides of a parsed config.json."""
     data = {k: v for k, v in data.items() if k != "quantization_config"}
     per_layer = {int(i): dict(o) for i, o in (data.pop(PER_LAYER, None) or {}).items()}
-    model_type = data.get("model_type")
+    model_type = str(data.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise ModelError(
             f"transformers does not know the model type {model_type!r}",
@@ -119,7 +119,7 @@ def _attach_per_layer(model: PreTrainedModel, per_layer: PerLayer) -> None:
     for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
         config.__class__ = PerLayerConfig
         config.allow_global_per_layer_attribute_access = True
-        config.per_layer_config = copy.deepcopy(per_layer)
+        config.per_layer_config = dict(copy.deepcopy(per_layer))
 
 
 def expected_tensors(data: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -135,7 +135,7 @@ class Weights:
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         self.checkpoint, self.model = checkpoint, model
-        self._mapping = get_model_conversion_mapping(model)
+        self._mapping: list[Any] = get_model_conversion_mapping(model)
         state = model.state_dict()
         renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
@@ -188,11 +188,10 @@ class Weights:
         for target in wanted:
             owner, _, leaf = target.rpartition(".")
             module = modules.get_submodule(owner)
-            if leaf in module._parameters and module._parameters[leaf] is not None:
+            old = module._parameters.get(leaf)
+            if old is not None:
                 kind = state[self.disk_names[target][0]].dtype
-                module._parameters[leaf] = nn.Parameter(
-                    torch.empty_like(module._parameters[leaf], device="meta", dtype=kind), requires_grad=False
-                )
+                module._parameters[leaf] = nn.Parameter(torch.empty_like(old, device="meta", dtype=kind), requires_grad=False)
         with hf_quiet():
             info, _ = convert_and_load_state_dict_in_model(
                 modules, state, LoadStateDictConfig(weight_mapping=self._mapping, device_map={"": device}), None
@@ -209,10 +208,11 @@ class Weights:
         for name in names:
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
-            store = module._parameters if leaf in module._parameters else module._buffers
-            if store.get(leaf) is not None:
-                meta = torch.empty_like(store[leaf], device="meta")
-                store[leaf] = nn.Parameter(meta, requires_grad=False) if store is module._parameters else meta
+            parameter, buffer = module._parameters.get(leaf), module._buffers.get(leaf)
+            if parameter is not None:
+                module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            elif buffer is not None:
+                module._buffers[leaf] = torch.empty_like(buffer, device="meta")
 
 
 def to_disk(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -224,9 +224,9 @@ def fill_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device
     """Compute the buffers that are not saved (rotary frequencies, masks) of a module that was made on the meta device."""
     touched = []
     for part in module.modules():
-        lost = [n for n in part._non_persistent_buffers_set if part._buffers.get(n) is not None and part._buffers[n].is_meta]
-        for name in lost:
-            part._buffers[name] = torch.empty_like(part._buffers[name], device=device)
+        lost = {n: b for n in part._non_persistent_buffers_set if (b := part._buffers.get(n)) is not None and b.is_meta}
+        for name, buffer in lost.items():
+            part._buffers[name] = torch.empty_like(buffer, device=device)
         if lost:
             touched.append(part)
     with torch.no_grad():
@@ -236,7 +236,7 @@ def fill_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device
             model._init_weights(part)
 
 
-def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load(path: str | Path | Checkpoint, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load a checkpoint, uniform or per-layer, as an ordinary PreTrainedModel.
 
     dtype: None keeps the checkpoint's. Raises ModelError for anything missing, unexpected or misshapen.
@@ -252,7 +252,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     for p in model.parameters():
         p.requires_grad_(p.is_floating_point())
-    return model.to(device)
+    return model
 
 
 def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:

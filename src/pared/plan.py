@@ -61,7 +61,7 @@ class Plan(BaseModel):
     """What to keep. `removed` is the share of `of` that the plan really removes; `requested` what was asked for."""
 
     model_config = ConfigDict(extra="forbid", ignored_types=(cached_property,))
-    format: Literal["pared-plan/1"] = FORMAT
+    format: Literal["pared-plan/1"] = "pared-plan/1"
     model_type: str
     shape: Literal["uniform", "per-layer"] = "uniform"
     requested: float | None = None

@@ -27,12 +27,12 @@ TOLERANCE = 1e-5
 def proved_layout(config: PreTrainedConfig, per_layer: modeling.PerLayer | None = None) -> Layout:
     """The layout of a model with this config, each of its axes proved or refused with the reason."""
     key = json.dumps(config.to_dict(), sort_keys=True, default=str), json.dumps(per_layer or {}, sort_keys=True)
-    return _proved(type(config), *key)
+    return _proved(config.model_type, *key)
 
 
 @lru_cache(maxsize=32)
-def _proved(kind: type[PreTrainedConfig], config_text: str, per_layer_text: str) -> Layout:
-    config = kind.from_dict(json.loads(config_text))
+def _proved(model_type: str, config_text: str, per_layer_text: str) -> Layout:
+    config, _ = modeling.make_config({**json.loads(config_text), "model_type": model_type})
     per_layer = {int(k): v for k, v in json.loads(per_layer_text).items()}
     layout, found = discover(config, per_layer)
     chosen, proofs = prove(found)
@@ -214,4 +214,4 @@ def _see_only(module: nn.Module, twin: nn.Module, kept: Tensor) -> None:
         out[..., kept] = twin(x[..., kept], *args, **kwargs)
         return out
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward

@@ -32,6 +32,7 @@ class Recipe(BaseModel):
     compensate: Literal["none", "bias", "refit", "sequential"] = Field(
         default="sequential", description="how what stays is refitted to make up for what went"
     )
+    reconstruct: int = Field(default=0, ge=0, description="steps of gradient descent on each block after its refit")
     align: int | None = Field(default=None, ge=1, description="kept channels are a multiple of this; by default a fine power of two")
     keep_first: int = Field(default=0, ge=0, description="layers at the start that are left alone")
     keep_last: int = Field(default=0, ge=0, description="layers at the end that are left alone")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -139,7 +139,7 @@ def calibrate(source: Source, recipe: Recipe, ids: torch.Tensor | None = None) -
         return sample_from_model(model, source.get_tokenizer(), samples, length, seed)
 
     what: Any = ids if ids is not None else recipe.calibration
-    tokenizer = source.tokenizer if ids is not None else source.get_tokenizer()
+    tokenizer = cast(PreTrainedTokenizerBase, source.tokenizer) if ids is not None else source.get_tokenizer()
     return load_calibration(
         what, tokenizer, samples=recipe.samples, seq_len=seq_len, seed=recipe.seed, sampler=sampler, max_positions=limit
     )
@@ -195,11 +195,12 @@ def refit_blocks(
     source: Source, plan: Plan, recipe: Recipe, ids: torch.Tensor | None = None, progress: Progress = silent
 ) -> Iterator[Refitted] | None:
     """Compensation as the recipe says, block by block as it is asked for; None where there is none."""
-    if recipe.compensate == "none" or plan.hidden is not None or not any(layer.keep for layer in plan.layers):
+    nothing = recipe.compensate == "none" and not recipe.reconstruct
+    if nothing or plan.hidden is not None or not any(layer.keep for layer in plan.layers):
         return None
     stream = Stream(source.runnable, source.layout, dtype=compute_dtype(recipe), device=recipe.device)
     batches = calibrate(source, recipe, ids).batches(recipe.batch)
-    return compensate(stream, plan, batches, mode=recipe.compensate, progress=progress)
+    return compensate(stream, plan, batches, mode=recipe.compensate, steps=recipe.reconstruct, seed=recipe.seed, progress=progress)
 
 
 def _budget(layout: Layout, recipe: Recipe, amount: Amount, axes: tuple[str, ...], experts_used: int | None) -> Budget:

@@ -56,7 +56,7 @@ class Reporter:
         self._bars: Progress | None = None
         if console.is_terminal:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            self._bars = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+            self._bars = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, refresh_per_second=4)
         self._tasks: dict[str, TaskID] = {}
         self._started = time.monotonic()
         self._due = self._started + _FIRST_LOG
@@ -64,7 +64,7 @@ class Reporter:
     def __enter__(self) -> Self:
         if self._bars is not None:
             self._bars.start()
-            self._tasks[""] = self._bars.add_task("opening the model", total=None)
+            self._tasks[""] = self._bars.add_task("preparing", total=None)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
