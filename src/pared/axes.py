@@ -14,6 +14,7 @@ An axis that stands in several tensors is the coupled structure: one selection c
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -317,9 +318,6 @@ def reduce_to_units(values: Tensor, signature: Signature, sizes: Mapping[str, in
     axes: one axis, or an axis and its parent before it, as ("kv", "query") for query heads; units then count parent-major.
     An axis that stands in two dimensions of one tensor (hidden, in a square matrix) is counted in both.
     """
-    n = 1
-    for axis in axes:
-        n *= sizes[axis]
     total: Tensor | None = None
     for where in _placements(signature, axes):
         left = sorted(set(where))
@@ -330,7 +328,7 @@ def reduce_to_units(values: Tensor, signature: Signature, sizes: Mapping[str, in
         others = [d for d in range(values.ndim) if d not in left]
         summed = (values.sum(others) if others else values).float()
         at_unit = unit.expand(summed.shape).flatten().to(summed.device)
-        part = torch.zeros(n, dtype=torch.float32, device=summed.device)
+        part = torch.zeros(math.prod(sizes[axis] for axis in axes), dtype=torch.float32, device=summed.device)
         part.index_add_(0, at_unit[at_unit >= 0], summed.flatten()[at_unit >= 0])
         total = part if total is None else total + part
     return total

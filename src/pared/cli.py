@@ -7,6 +7,7 @@ People are told on stderr, data goes to stdout. Exit codes: 0 ok, 1 bug, 2 usage
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import signal
@@ -34,6 +35,8 @@ app.command("demo")(demo.demo)
 
 # typer brings its own copy of click since 0.2x and used the real one before; both are reached through what it exports.
 _Usage = typer.BadParameter.__mro__[1]
+# What a file system says no with, whoever asked.
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG, errno.EMFILE}
 _BUG, _INTERRUPTED, _TERMINATED, _CLOSED_PIPE = 1, 130, 143, 141
 
 
@@ -58,11 +61,22 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = typer.main.get_command(app).main(args=arguments, prog_name="pared", standalone_mode=False)
+        code = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         code = report(error)
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    # Not through typer's own entry, which answers interrupts, broken pipes and errors in its way.
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("pared", list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as ended:
+        return ended.exit_code
+    return 0
 
 
 def report(error: BaseException) -> int:
@@ -77,6 +91,8 @@ def report(error: BaseException) -> int:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
         fix = "use a smaller --batch, --samples or --seq-len, or a machine with more memory"
         error = ResourceError(f"out of memory: {str(error) or type(error).__name__}", fix=fix)
+    if isinstance(error, OSError) and error.errno in _NOT_OURS:
+        error = ResourceError(str(error.strerror), where=error.filename, fix="see to it, or work in another place")
     if isinstance(error, ParedError):
         _say(*error.lines())
         return error.exit_code

@@ -78,6 +78,8 @@ def estimate(
             fix=f"it scores {', '.join(criterion.axes)}; pared ls criteria lists the others",
         )
     batches = unpadded(batches)
+    if not batches and criterion.needs != "weights":
+        raise UsageError(f"the criterion {criterion.name!r} needs calibration text of two tokens or more", where="calibration")
     scores = Scores(comparable=criterion.comparable)
     if criterion.needs == "removal":
         _search_removals(stream, criterion, batches, layers_to_remove, scores, progress)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import inspect
 import json
 import re
@@ -119,7 +120,7 @@ def _attach_per_layer(model: PreTrainedModel, per_layer: PerLayer) -> None:
     for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
         config.__class__ = PerLayerConfig
         config.allow_global_per_layer_attribute_access = True
-        config.per_layer_config = dict(copy.deepcopy(per_layer))
+        config.per_layer_config = {i: dict(own) for i, own in per_layer.items()}
 
 
 def expected_tensors(data: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -140,18 +141,19 @@ class Weights:
         renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
         self.disk_names: dict[str, list[str]] = {}
+        self._converted: set[str] = set()  # targets that are made from other tensors, by transformers' conversion
         unexpected: list[str] = []
-        converted = False
         for name in checkpoint.tensors:
             target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
             if target not in state and name in state:
                 target = name
             if target in state:
                 self.disk_names.setdefault(target, []).append(name)
-                converted |= pattern is not None
+                if pattern is not None:
+                    self._converted.add(target)
             elif not OBSOLETE.search(name):
                 unexpected.append(name)
-        self._check(state, unexpected, converted)
+        self._check(state, unexpected, bool(self._converted))
         for m in self._mapping:
             m.collected_tensors.clear()
 
@@ -179,27 +181,41 @@ class Weights:
     def load(self, names: Iterable[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
         """Fill the named parameters of the model. dtype None keeps each tensor's own."""
         wanted = [n for n in names if n in self.disk_names]
-        modules = self.model
-        state: dict[str, Tensor] = {}
         for target in wanted:
-            for disk in self.disk_names[target]:
-                tensor = self.checkpoint.read(disk)
-                state[disk] = tensor.to(device=device, dtype=dtype if dtype and tensor.is_floating_point() else None)
+            if target not in self._converted:
+                self._assign(target, self._read(self.disk_names[target][0], dtype, device))
+        if made := [n for n in wanted if n in self._converted]:
+            self._convert(made, dtype, device)
+        self.model.tie_weights()
+
+    def _read(self, disk: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
+        tensor = self.checkpoint.read(disk)
+        return tensor.to(device=device, dtype=dtype if dtype and tensor.is_floating_point() else None)
+
+    def _assign(self, target: str, tensor: Tensor) -> None:
+        owner, _, leaf = target.rpartition(".")
+        module = self.model.get_submodule(owner)
+        if leaf in module._parameters:
+            parameter = nn.Parameter(tensor, requires_grad=False)
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            module._parameters[leaf] = parameter
+        else:
+            module._buffers[leaf] = tensor
+
+    def _convert(self, wanted: list[str], dtype: torch.dtype | None, device: torch.device | str) -> None:
+        """Tensors that are merged from or split out of others on disk (experts): transformers knows how."""
+        state = {disk: self._read(disk, dtype, device) for target in wanted for disk in self.disk_names[target]}
         for target in wanted:
-            owner, _, leaf = target.rpartition(".")
-            module = modules.get_submodule(owner)
-            old = module._parameters.get(leaf)
-            if old is not None:
-                kind = state[self.disk_names[target][0]].dtype
-                module._parameters[leaf] = nn.Parameter(torch.empty_like(old, device="meta", dtype=kind), requires_grad=False)
+            # The conversion casts to what the module has; each tensor keeps its own dtype instead.
+            meta = self.model.get_parameter_or_buffer(target)
+            self._assign(target, torch.empty_like(meta, device="meta", dtype=state[self.disk_names[target][0]].dtype))
         with hf_quiet():
             info, _ = convert_and_load_state_dict_in_model(
-                modules, state, LoadStateDictConfig(weight_mapping=self._mapping, device_map={"": device}), None
+                self.model, state, LoadStateDictConfig(weight_mapping=self._mapping, device_map={"": device}), None
             )
         if info.mismatched_keys or info.conversion_errors:
             bad = next(iter(info.mismatched_keys or info.conversion_errors))
             raise ModelError(f"a tensor does not fit the config: {bad}", where=self.checkpoint.path)
-        self.model.tie_weights()
         for target in wanted:
             self.model.get_parameter_or_buffer(target).requires_grad_(False)
 
@@ -213,6 +229,15 @@ class Weights:
                 module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
             elif buffer is not None:
                 module._buffers[leaf] = torch.empty_like(buffer, device="meta")
+
+
+def return_freed_memory() -> None:
+    """Have large blocks of freed memory go back to the system at once (glibc keeps and splits them by default).
+
+    Without it a process that loads and frees one layer after another grows by a third of the weights.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD; setting it also stops its growth
 
 
 def to_disk(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from pared.errors import UsageError
 from pared.structure import Layout
 
 FORMAT = "pared-plan/1"
+_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 # No axis of any model comes near; a plan from elsewhere can not make pared fill the memory with indices.
 _MOST_UNITS = 2**24
 _SIBLINGS = "apply a plan to the model it was made for, or to a fine-tune of the same base"
@@ -37,10 +39,11 @@ def from_ranges(text: str) -> Tensor:
     """The reverse of to_ranges: int64 [n]. UsageError unless the indices ascend."""
     out: list[int] = []
     for part in text.split():
-        first, _, last = part.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal() or not int(first) <= int(last or first) < _MOST_UNITS:
+        found = _RANGE.fullmatch(part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if not first <= last < _MOST_UNITS:
             raise UsageError(f"{part!r} is not a range of indices", where="plan")
-        out.extend(range(int(first), int(last or first) + 1))
+        out.extend(range(first, last + 1))
     if any(b <= a for a, b in zip(out, out[1:], strict=False)):
         raise UsageError("kept indices must ascend", where="plan")
     return torch.tensor(out, dtype=torch.long)

@@ -23,7 +23,7 @@ class Recipe(BaseModel):
     remove: float = Field(default=0.2, description="share to remove, in (0, 1)")
     of: Literal["params", "block-params", "flops", "kv-cache"] = Field(default="block-params", description="what the share is of")
     structures: tuple[Structure, ...] | None = Field(default=None, description="what may be removed; by default heads and FFN channels")
-    criterion: str = Field(default="taylor", description="how importance is measured; pared ls criteria")
+    criterion: str | None = Field(default=None, description="how importance is measured; by default the best that fits the structures")
     reduction: Literal["sum", "mean", "max", "prod", "first", "last"] = Field(
         default="sum", description="how the parts of a structure in several tensors become one score"
     )

@@ -122,6 +122,24 @@ def resolve_axes(layout: Layout, structures: tuple[str, ...] | None) -> tuple[st
     return tuple(dict.fromkeys(chosen))
 
 
+def resolve(recipe: Recipe, source: Source) -> Recipe:
+    """The recipe with everything that it left open decided.
+
+    Second-order selection where every structure is a dense layer's own; weighted by gradients where layers compete.
+    Elsewhere (experts' channels, hidden channels, layers) first-order Taylor scores all kinds alike.
+    """
+    axes = resolve_axes(source.layout, recipe.structures)
+    inside = not {"layer", "hidden"} & set(axes)
+    allocate = recipe.allocate or ("global" if recipe.shape == "per-layer" and inside else "uniform")
+    criterion = recipe.criterion
+    if criterion is None:
+        dense = all(a in get_criterion("obs").axes_or(axes) and source.layout.parents.get(a) != "expert" for a in axes)
+        criterion = "taylor" if not dense else "obs-fisher" if allocate == "global" else "obs"
+    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    seq_len = recipe.seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
+    return make_recipe(recipe.model_dump(), allocate=allocate, criterion=criterion, seq_len=seq_len)
+
+
 def compute_dtype(recipe: Recipe) -> torch.dtype | None:
     """What blocks are computed in: on a CPU fp32 unless told otherwise, on a GPU what the checkpoint has."""
     if recipe.dtype != "auto":
@@ -132,7 +150,6 @@ def compute_dtype(recipe: Recipe) -> torch.dtype | None:
 def calibrate(source: Source, recipe: Recipe, ids: torch.Tensor | None = None) -> Calibration:
     """Calibration windows as the recipe says."""
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    seq_len = recipe.seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
 
     def sampler(samples: int, length: int, seed: int) -> torch.Tensor:
         model = source.resident(compute_dtype(recipe), recipe.device)
@@ -141,20 +158,21 @@ def calibrate(source: Source, recipe: Recipe, ids: torch.Tensor | None = None) -
     what: Any = ids if ids is not None else recipe.calibration
     tokenizer = cast(PreTrainedTokenizerBase, source.tokenizer) if ids is not None else source.get_tokenizer()
     return load_calibration(
-        what, tokenizer, samples=recipe.samples, seq_len=seq_len, seed=recipe.seed, sampler=sampler, max_positions=limit
+        what, tokenizer, samples=recipe.samples, seq_len=recipe.seq_len or DEFAULT_SEQ_LEN, seed=recipe.seed, sampler=sampler, max_positions=limit
     )
 
 
 def plan_pruning(
-    source: Source, recipe: Recipe, *, calibration_ids: torch.Tensor | None = None, progress: Progress = silent
+    source: Source, recipe: Recipe, *, calibration: Calibration | None = None, progress: Progress = silent
 ) -> tuple[Plan, Scores]:
-    """Score and decide, cutting nothing."""
-    criterion = get_criterion(recipe.criterion)
+    """Score and decide, cutting nothing. calibration: None makes it as the recipe says, where the criterion wants any."""
+    recipe = resolve(recipe, source)
+    criterion = get_criterion(recipe.criterion or "")
     axes = resolve_axes(source.layout, recipe.structures)
     amount = Amount(recipe.remove, recipe.of)
     whole = _budget(source.layout, recipe, amount, axes, source.experts_used)
-    allocate = recipe.allocate or ("global" if recipe.shape == "per-layer" and not {"layer", "hidden"} & set(axes) else "uniform")
-    calibration = calibrate(source, recipe, calibration_ids) if criterion.needs != "weights" else None
+    if calibration is None and criterion.needs != "weights":
+        calibration = calibrate(source, recipe)
     batches = calibration.batches(recipe.batch) if calibration else []
     provenance = _provenance(source, recipe, calibration)
 
@@ -165,7 +183,7 @@ def plan_pruning(
         scores = estimate(
             stream, criterion, axes, batches, reduction=recipe.reduction, seed=recipe.seed, layers_to_remove=going + 1, progress=progress
         )
-        return make_plan(budget, scores, shape=recipe.shape, allocate=allocate, provenance=provenance), scores
+        return make_plan(budget, scores, shape=recipe.shape, allocate=recipe.allocate or "uniform", provenance=provenance), scores
 
     if recipe.iterative_steps == 1:
         return decide(source.runnable, source.layout, recipe.remove)
@@ -191,15 +209,18 @@ def plan_pruning(
     return recount(plan.model_copy(update={"requested": recipe.remove, "provenance": provenance}), whole), scores
 
 
+def _compensates(recipe: Recipe) -> bool:
+    return recipe.compensate != "none" or recipe.reconstruct > 0
+
+
 def refit_blocks(
-    source: Source, plan: Plan, recipe: Recipe, ids: torch.Tensor | None = None, progress: Progress = silent
+    source: Source, plan: Plan, recipe: Recipe, calibration: Calibration | None = None, progress: Progress = silent
 ) -> Iterator[Refitted] | None:
     """Compensation as the recipe says, block by block as it is asked for; None where there is none."""
-    nothing = recipe.compensate == "none" and not recipe.reconstruct
-    if nothing or plan.hidden is not None or not any(layer.keep for layer in plan.layers):
+    if not _compensates(recipe) or plan.hidden is not None or not any(layer.keep for layer in plan.layers):
         return None
     stream = Stream(source.runnable, source.layout, dtype=compute_dtype(recipe), device=recipe.device)
-    batches = calibrate(source, recipe, ids).batches(recipe.batch)
+    batches = (calibration or calibrate(source, recipe)).batches(recipe.batch)
     return compensate(stream, plan, batches, mode=recipe.compensate, steps=recipe.reconstruct, seed=recipe.seed, progress=progress)
 
 
@@ -319,11 +340,14 @@ def prune(
     recipe = make_recipe(dict(base or {}), **settings)
     Amount(recipe.remove, recipe.of)
     source = Source.open(model, tokenizer)
+    recipe = resolve(recipe, source)
     started = time.perf_counter()
     # The output is claimed before anything is computed: what is in its way should not be found after hours.
     claim = _writer(source, out, overwrite) if out is not None and not dry_run else contextlib.nullcontext()
     with claim as writer:
-        plan, scores = plan_pruning(source, recipe, calibration_ids=ids, progress=progress)
+        wanted = get_criterion(recipe.criterion or "").needs != "weights" or (not dry_run and _compensates(recipe))
+        text = calibrate(source, recipe, ids) if wanted else None
+        plan, scores = plan_pruning(source, recipe, calibration=text, progress=progress)
         report: dict[str, Any] = {
             "model_type": source.layout.model_type,
             "requested": recipe.remove,
@@ -334,7 +358,7 @@ def prune(
             "recipe": recipe.model_dump(mode="json"),
         }
         result: PreTrainedModel | None = None
-        refitted = refit_blocks(source, plan, recipe, ids, progress) if not dry_run else None
+        refitted = refit_blocks(source, plan, recipe, text, progress) if not dry_run else None
         if writer is not None:
             report["out"] = str(write_pruned(source, plan, writer, recipe, refitted))
         elif not dry_run:

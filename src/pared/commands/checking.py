@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pared.commands.options import AsFormat, Format, Model
+from pared.commands.options import AsFormat, Format, Model, check_device
 from pared.errors import ModelError, ParedError
 
 
@@ -56,6 +56,7 @@ def evaluate(
     format: AsFormat = Format.text,
 ) -> None:
     """Measure a model: perplexity, KL to the dense model, parameters, bytes, speed, memory."""
+    check_device(device)
     from pared.evaluate.report import evaluate as run
     from pared.report.console import Reporter, emit_json, out, show
     from pared.report.tables import evaluation

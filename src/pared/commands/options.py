@@ -89,6 +89,8 @@ def base_settings(recipe: str | None, assignments: list[str] | None) -> dict[str
     if recipe is not None:
         try:
             base = load_recipe(recipe)
+        except UnicodeDecodeError as error:
+            raise UsageError("the recipe is not UTF-8 text", where=recipe, fix="convert the file to UTF-8") from error
         except UsageError as error:
             # A setting in a file is judged like a flag; what is wrong is then in the file.
             where = recipe if error.where is None or str(error.where).startswith("--") else error.where
@@ -107,6 +109,19 @@ def _assignment(text: str) -> tuple[str, Any]:
         return key.strip().replace("-", "_"), yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UsageError(f"{value!r} is not a value", where=f"--set {key}", fix="write it as in a YAML file") from error
+
+
+def check_device(device: object) -> None:
+    """UsageError where there is no such device here."""
+    if device in (None, "cpu"):
+        return
+    import torch
+
+    try:
+        torch.empty(1, device=str(device)).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        what = f"nothing can be computed on {device!r}: {str(error).splitlines()[0]}"
+        raise UsageError(what, where="--device", fix="--device cpu always works") from error
 
 
 def check_outside(out: Path, model: str) -> None:

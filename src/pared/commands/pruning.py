@@ -18,6 +18,7 @@ from pared.commands.options import (
     Overwrite,
     RecipeName,
     base_settings,
+    check_device,
     check_outside,
     recipe_options,
 )
@@ -48,6 +49,7 @@ def prune(
     if out is None and not dry_run:
         raise UsageError("nowhere to write the result", where="pared prune", fix="name a directory: -o OUT; or use --dry-run")
     base = base_settings(recipe, set_)
+    check_device(settings.get("device", base.get("device")))
     from pared.report.console import Reporter
     from pared.run import prune as run
 
@@ -72,6 +74,7 @@ def plan(
     Flags go over --set, --set over the recipe, the recipe over the defaults. The path of the plan goes to stdout.
     """
     base = base_settings(recipe, set_)
+    check_device(settings.get("device", base.get("device")))
     check_outside(out, model)
     # What is in the way should not be found after hours.
     if out.is_dir():

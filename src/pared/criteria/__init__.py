@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Literal
@@ -165,6 +165,10 @@ class Criterion:
     axes: tuple[str, ...] | None  # None: every axis
     comparable: bool  # scores of different layers and axes are in one unit; otherwise they are standardised to compete
     about: str
+
+    def axes_or(self, axes: Sequence[str]) -> Sequence[str]:
+        """The axes that it scores; `axes` where it scores any."""
+        return axes if self.axes is None else self.axes
 
 
 _REGISTRY: dict[str, Criterion] = {}

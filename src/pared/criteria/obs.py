@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pared.axes import coordinates
 from pared.criteria import Group, Stats, criterion
+from pared.errors import UsageError
 from pared.leastsquares import elimination_costs
 
 PAPER = "Hassibi & Stork 1992; arXiv:2302.04089"
@@ -27,6 +28,10 @@ def _columns(group: Group, name: str) -> Tensor:
 def _costs(group: Group, stats: Stats, *, fisher: bool) -> Tensor:
     parts = []
     for name, dim in group.inputs.items():
+        if group.weights[name].ndim != 2:
+            raise UsageError(
+                f"second-order selection does not score {group.axis} inside experts", where="--criterion", fix="--criterion taylor"
+            )
         w = group.weights[name].double()
         w = w if dim == 1 else w.T
         if fisher:

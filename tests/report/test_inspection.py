@@ -1,0 +1,145 @@
+"""Inspection: what it counts without reading a weight is what the weights count to, and what it predicts is what comes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from command import pared
+from pared.checkpoint import Checkpoint
+from pared.errors import ModelError
+from pared.report.inspection import SHARES, describe, inspect_model
+from pared.run import resolve_axes
+
+LLAMA_70B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 28672,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+}
+
+
+def inspected(model: Path, **settings: Any) -> dict[str, Any]:
+    described = describe(model)
+    return inspect_model(described, resolve_axes(described.layout, None), **settings)
+
+
+def config_only(path: Path, config: dict[str, Any]) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-mqa-tied", "qwen3", "phi3", "gemma2", "mixtral", "gpt2"])
+def test_it_counts_what_the_tensors_count_to(tmp_path: Path, family: str) -> None:
+    model = tiny.save(tiny.model(family), tmp_path / "model")
+    found = inspected(model)
+    with Checkpoint.open(model) as checkpoint:
+        assert (found["params"], found["bytes"]) == (checkpoint.num_parameters, checkpoint.nbytes)
+
+
+def test_the_parameters_of_an_axis_are_those_of_the_tensors_that_have_it(tmp_path: Path) -> None:
+    model = tiny.save(tiny.model("llama"), tmp_path / "model")
+    axes = {a["axis"]: a for a in inspected(model)["axes"]}
+    with Checkpoint.open(model) as checkpoint:
+
+        def entries(*words: str) -> int:
+            return sum(tiny.numel(t.shape) for n, t in checkpoint.tensors.items() if any(w in n for w in words))
+
+        assert axes["ffn"]["parameters"] == entries("mlp")
+        assert axes["kv"]["parameters"] == entries("self_attn")
+        assert axes["query"]["parameters"] == entries("q_proj", "o_proj")
+        assert axes["hidden"]["parameters"] == axes["layer"]["parameters"] + entries("embed", "lm_head", "model.norm")
+    assert [axes[a]["units"] for a in ("kv", "query", "ffn", "hidden", "layer")] == [4, 2, 48, 32, 3]
+    assert axes["query"]["inside"] == "kv"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("align", [None, 16])
+def test_what_it_predicts_is_what_pruning_gives(tmp_path: Path, family: str, align: int | None) -> None:
+    model = tiny.save(tiny.model(family), tmp_path / "model")
+    for row in inspected(model, align=align)["predictions"]:
+        out = tmp_path / f"{row['remove']}"
+        flags = ("--remove", row["remove"], "--criterion", "l1", "--compensate", "none", *(("--align", align) if align else ()))
+        done = pared("prune", model, "-o", out, *flags)
+        if "reason" in row:
+            assert done.code == 2 and row["reason"] in done.err
+            continue
+        with Checkpoint.open(out) as checkpoint:
+            assert (row["params"], row["bytes"]) == (checkpoint.num_parameters, checkpoint.nbytes)
+
+
+def test_the_model_type_that_a_size_is_written_as_is_foretold(tmp_path: Path) -> None:
+    model = tiny.save(tiny.model("llama"), tmp_path / "model")
+    kv = next(a for a in inspected(model)["axes"] if a["axis"] == "kv")
+    assert kv["config"] == {"llama": "1-2", "mistral": "3"}
+    for share, kind in ((0.25, "mistral"), (0.5, "llama"), (0.75, "llama")):
+        flags = ("--structures", "kv", "--of", "kv-cache", "--remove", share, "--criterion", "l1", "--compensate", "none")
+        assert pared("prune", model, "-o", tmp_path / f"{share}", *flags).code == 0
+        assert json.loads((tmp_path / f"{share}" / "config.json").read_text())["model_type"] == kind
+
+
+def test_the_config_alone_says_the_same_as_the_whole_checkpoint(tmp_path: Path) -> None:
+    model = tiny.save(tiny.model("llama"), tmp_path / "model")
+    bare = config_only(tmp_path / "bare", json.loads((model / "config.json").read_text()))
+    whole, part = inspected(model), inspected(bare)
+    for key in ("model", "weights"):
+        whole.pop(key), part.pop(key)
+    assert whole == part
+
+
+def test_a_70b_model_is_described_from_its_config(tmp_path: Path) -> None:
+    found = inspected(config_only(tmp_path / "llama", LLAMA_70B))
+    assert found["params"] == 70_553_706_496
+    assert found["bytes"] == 2 * found["params"]
+    assert all(a["proved"] for a in found["axes"])
+    for row in found["predictions"]:
+        assert row["remove"] <= row["removed"] < row["remove"] + 0.002
+
+
+def test_what_alignment_puts_out_of_reach_is_said(tmp_path: Path) -> None:
+    model = tiny.save(tiny.model("llama"), tmp_path / "model")
+    done = pared("inspect", model, "--align", 48)
+    assert done.code == 0 and "multiples of 48" in done.out
+    rows = inspected(model, align=48)["predictions"]
+    assert [r["remove"] for r in rows] == list(SHARES)
+    assert "out of reach" in rows[-1]["reason"] and "out of reach" in done.out
+
+
+def test_an_axis_that_is_not_proved_comes_with_the_reason(tmp_path: Path) -> None:
+    model = tiny.save(tiny.model("bloom"), tmp_path / "model")
+    found = json.loads(pared("inspect", model, "--format", "json").out)
+    for axis in found["axes"]:
+        assert axis["proved"] or (axis["reason"] and axis["config"] is None)
+    assert not all(a["proved"] for a in found["axes"])
+    assert pared("inspect", model).code == 0
+
+
+def test_no_weight_is_read(tmp_path: Path) -> None:
+    model = tiny.save(tiny.model("llama"), tmp_path / "model")
+    before = inspected(model)
+    weights = model / "model.safetensors"
+    data = weights.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    weights.write_bytes(data[:header] + b"\xff" * (len(data) - header))  # every value a NaN
+    assert inspected(model) == before
+
+
+@pytest.mark.parametrize(
+    "entries", [{"quantization_config": {"quant_method": "awq"}}, {"model_type": "lama"}, {"num_attention_heads": 7}]
+)
+def test_a_config_that_can_not_be_used_is_refused_without_weights_too(tmp_path: Path, entries: dict[str, Any]) -> None:
+    path = config_only(tmp_path / "model", {**LLAMA_70B, **entries})
+    with pytest.raises(ModelError):
+        describe(path)
+    assert pared("inspect", path).code == 3
