@@ -222,9 +222,11 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a directory that need not hold weights. ModelError where `Checkpoint.open` would refuse the config."""
+    """config.json of a directory that need not hold weights. ModelError where `Checkpoint.open` would refuse it or the index."""
     config = _config(path)
     _refuse_unsupported(path, config, trust_remote_code=False)
+    if (path / INDEX).exists():
+        _weight_map(path)
     return config
 
 

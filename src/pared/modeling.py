@@ -141,6 +141,7 @@ class Weights:
         renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
         self.disk_names: dict[str, list[str]] = {}
+        self._finite: set[str] = set()  # tensors on disk that have been looked through once
         self._converted: set[str] = set()  # targets that are made from other tensors, by transformers' conversion
         unexpected: list[str] = []
         for name in checkpoint.tensors:
@@ -190,6 +191,15 @@ class Weights:
 
     def _read(self, disk: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
         tensor = self.checkpoint.read(disk)
+        if disk not in self._finite and tensor.is_floating_point():
+            # A sum keeps any NaN and Inf, takes no memory, and in float64 does not overflow.
+            if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+                raise ModelError(
+                    f"{disk} holds values that are not finite",
+                    where=self.checkpoint.path / self.checkpoint.tensors[disk].file,
+                    fix="use a checkpoint whose weights are finite; pared verify lists all that are not",
+                )
+            self._finite.add(disk)
         return tensor.to(device=device, dtype=dtype if dtype and tensor.is_floating_point() else None)
 
     def _assign(self, target: str, tensor: Tensor) -> None:

@@ -99,7 +99,7 @@ def test_a_model_without_a_tokenizer_can_not_be_calibrated_from_text(tmp_path: P
 # ---- the checkpoint -------------------------------------------------------------------------------------------------
 
 
-def edit_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def edit_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     state = load_file(model / WEIGHTS)
     change(state)
     save_file(state, model / WEIGHTS, metadata={"format": "pt"})

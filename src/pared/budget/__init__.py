@@ -49,13 +49,16 @@ class Budget:
     before: Account = field(init=False)
     target: float = field(init=False)
     _blocks: dict[tuple[object, ...], int] = field(default_factory=dict, init=False)
-    _kinds: list[tuple[object, ...]] = field(init=False)
+    _outside: dict[int | None, int] = field(default_factory=dict, init=False)
+    _kinds: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.before = self.count()
         self.target = self.amount.remove * self.before.amount(self.amount.of)
+        seen: dict[tuple[object, ...], int] = {}
+        tensors = self.layout.tensors
         self._kinds = [
-            tuple((self.layout.local(n), self.layout.tensors[n].text) for n in self.layout.block_tensors(i))
+            seen.setdefault(tuple((self.layout.local(n), tensors[n].text) for n in self.layout.block_tensors(i)), i)
             for i in range(self.layout.num_layers)
         ]
         if self.amount.of == "kv-cache" and self.before.kv_cache == 0:
@@ -82,15 +85,17 @@ class Budget:
 
     def outside_amount(self, hidden: int | None = None) -> int:
         """The amount that lies outside of the blocks."""
-        total = self.count([], hidden)
-        return total.amount(self.amount.of)
+        if hidden not in self._outside:
+            self._outside[hidden] = self.count([], hidden).amount(self.amount.of)
+        return self._outside[hidden]
 
-    def left(self, layers: Sequence[tuple[int, Mapping[str, int]]], hidden: int | None = None) -> int:
-        """The amount that a whole shape leaves."""
-        return self.outside_amount(hidden) + sum(self.block_amount(i, s, hidden) for i, s in layers)
-
-    def removed(self, layers: Sequence[tuple[int, Mapping[str, int]]], hidden: int | None = None) -> int:
-        return self.before.amount(self.amount.of) - self.left(layers, hidden)
+    def alike(self, layers: Sequence[int]) -> list[tuple[int, int]]:
+        """Layers that count the same under the same sizes: (one of them, how many), those protected apart."""
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for i in layers:
+            key = self._kinds[i], tuple(sorted(self.layout.layer_sizes[i].items())), i in self.protected
+            groups.setdefault(key, []).append(i)
+        return [(members[0], len(members)) for members in groups.values()]
 
     @property
     def width_axes(self) -> list[str]:
@@ -116,7 +121,7 @@ class Budget:
         """The error for an amount that these axes can not give; most: the largest share that they can."""
         return UsageError(
             f"removing {self.amount.remove:.1%} of {self.amount.of} is out of reach: "
-            f"{', '.join(self.axes)} can give between 0% and {most:.1%}",
+            f"{', '.join(self.axes)} can give between 0% and {math.floor(most * 1000) / 1000:.1%}",
             where="--remove",
             fix="ask for less, add structures, or use a smaller --align",
         )

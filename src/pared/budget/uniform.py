@@ -6,6 +6,7 @@ rest, so that the budget is met from above with less than one step to spare.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -31,8 +32,9 @@ def allocate_uniform(budget: Budget) -> Shape:
     enough: list[tuple[float, Shape]] = []
     most = 0.0
     total = budget.before.amount(budget.amount.of)
+    alike = functools.cache(lambda kept: budget.alike([i for i, _ in layers_under(budget, {}, kept)]))
     for coarse in _coarse_levels(budget):
-        shape = _fill(budget, coarse)
+        shape = _fill(budget, coarse, alike(coarse.get("layer", budget.layout.num_layers)))
         most = max(most, shape.removed / total)
         if shape.removed >= budget.target:
             penalty = _imbalance(budget, shape) + 10 * (shape.removed - budget.target) / total
@@ -96,8 +98,8 @@ def _typical(budget: Budget) -> int:
     return next((i for i in range(budget.layout.num_layers) if i not in budget.protected), 0)
 
 
-def _fill(budget: Budget, coarse: dict[str, int]) -> Shape:
-    """Complete coarse sizes by the widest FFN that still meets the budget."""
+def _fill(budget: Budget, coarse: dict[str, int], alike: list[tuple[int, int]]) -> Shape:
+    """Complete coarse sizes by the widest FFN that still meets the budget. alike: the layers that stay, in groups."""
     layout = budget.layout
     hidden = coarse.get("hidden")
     kept = coarse.get("layer", layout.num_layers)
@@ -110,7 +112,11 @@ def _fill(budget: Budget, coarse: dict[str, int]) -> Shape:
         return {a: rungs[min(len(rungs) - 1, round(share * (len(rungs) - 1)))] for a, rungs in ladders.items()}
 
     def removed(share: float) -> int:
-        return budget.removed(layers_under(budget, {**base, **at(share)}, kept), hidden)
+        sizes, left = {**base, **at(share)}, budget.outside_amount(hidden)
+        for i, n in alike:
+            own = {} if i in budget.protected else {a: size for a, size in sizes.items() if a in layout.sizes_at(i)}
+            left += n * budget.block_amount(i, own, hidden)
+        return budget.before.amount(budget.amount.of) - left
 
     steps = max((len(r) - 1 for r in ladders.values()), default=0)
     low, high = 0, steps

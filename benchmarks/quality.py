@@ -1,0 +1,146 @@
+"""What each method keeps: excess loss and KL against the dense model, over methods, amounts, shapes and seeds.
+
+    python benchmarks/quality.py MODEL --calibration TRAIN --text TEST [--text OTHER] [--out RESULT.md]
+
+MODEL is a directory; TRAIN and TEST are text (.txt) or JSON lines, or `self` for text that the model writes (other
+seeds for test than for calibration). Excess loss is log(perplexity pruned / dense). Each cell is the mean over seeds,
+which draw the calibration windows anew. Shares are of block parameters; units are not aligned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import pared
+from pared.calibration import inference, sample_from_model
+from pared.errors import ParedError
+from pared.evaluate.perplexity import Windows, logits_of, measure, protocol, windows
+from pared.recipe import load_recipe
+from pared.run import Source
+
+# name -> (settings, shapes it is run in)
+BOTH = ("uniform", "per-layer")
+METHODS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
+    "random": ({"criterion": "random", "compensate": "none"}, BOTH),
+    "L1": ({"criterion": "l1", "compensate": "none"}, BOTH),
+    "L2": ({"criterion": "l2", "compensate": "none"}, BOTH),
+    "Taylor, vector": ({"criterion": "taylor-vector", "compensate": "none"}, BOTH),
+    "Taylor": ({"criterion": "taylor", "compensate": "none"}, BOTH),
+    "Taylor, second order": ({"criterion": "taylor-second", "compensate": "none"}, BOTH),
+    "Taylor, mixed": ({"criterion": "taylor-mixed", "compensate": "none"}, BOTH),
+    "Minitron": ({"criterion": "minitron", "compensate": "none"}, BOTH),
+    "Wanda-sp": ({"criterion": "wanda_sp", "compensate": "none"}, BOTH),
+    "FLAP's metric": ({"criterion": "flap", "compensate": "none"}, BOTH),
+    "LLM-Pruner's recipe": ({"recipe": "llm-pruner"}, ("per-layer",)),
+    "OBS": ({"criterion": "obs", "compensate": "none"}, BOTH),
+    "Wanda-sp + refit": ({"criterion": "wanda_sp", "compensate": "refit"}, BOTH),
+    "Taylor + sequential refit": ({"criterion": "taylor"}, BOTH),
+    "pared default": ({}, BOTH),
+    "pared default + 60 steps of reconstruction": ({"reconstruct": 60}, BOTH),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", default="self")
+    parser.add_argument("--text", action="append", help="evaluation text; several are shown side by side")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--max-windows", type=int, default=0, help="score this many windows of each text; 0: all")
+    parser.add_argument("--remove", default="0.2,0.3,0.5")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", default="", help="a comma-separated part of the methods")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    source = Source.open(args.model)
+    tokenizer, dense = source.get_tokenizer(), pared.load(args.model, dtype=torch.float32)
+    texts = args.text or ["self"]
+    scored = {}
+    for text in texts:
+        if text == "self":
+            ids = sample_from_model(dense, tokenizer, 64, args.seq_len, 1_000_003)
+            cut = Windows(ids, torch.ones(len(ids), dtype=torch.long), None, len(ids), ids.numel())
+        else:
+            cut = windows(text, tokenizer, args.seq_len)
+        if args.max_windows:
+            cut = Windows(cut.ids[: args.max_windows], cut.first_scored[: args.max_windows], None, cut.documents, cut.stream_tokens)
+        with inference(dense):
+            scored[text] = cut, measure(logits_of(dense), cut)
+    shares = [float(r) for r in args.remove.split(",")]
+    names = [n for n in METHODS if not args.methods or n in args.methods.split(",")]
+    lines = []
+    for shape in BOTH:
+        lines += [f"\n## {shape}\n", "| method | " + " | ".join(f"{r:.0%}" for r in shares) + " | seconds |", "| --- |" + " --- |" * (len(shares) + 1)]
+        for name in names:
+            settings, shapes = METHODS[name]
+            if shape not in shapes:
+                continue
+            cells, seconds = [], 0.0
+            for share in shares:
+                found: dict[str, list[tuple[float, float]]] = {t: [] for t in texts}
+                for seed in range(args.seeds):
+                    started = time.perf_counter()
+                    try:
+                        result = prune(args, settings, shape, share, seed, source)
+                    except ParedError as error:
+                        print(f"{name}, {shape}, {share:.0%}: {error.what}", file=sys.stderr)
+                        break
+                    seconds += time.perf_counter() - started
+                    with inference(result), inference(dense):
+                        for text, (cut, base) in scored.items():
+                            q = measure(logits_of(result), cut, against=logits_of(dense))
+                            found[text].append((q.nll - base.nll, q.kl or 0.0))
+                cells.append(" / ".join(_cell(found[t]) for t in texts))
+            runs = max(1, len(shares) * args.seeds)
+            lines.append(f"| {name} | " + " | ".join(cells) + f" | {seconds / runs:.0f} |")
+            print(lines[-1], file=sys.stderr, flush=True)
+    head = (
+        f"# Quality: {Path(args.model).name}\n\n{(__doc__ or '').split(chr(10) * 2)[2].strip()}\n\n"
+        f"Calibration: {Path(args.calibration).name}, {args.samples} windows of {args.seq_len} tokens; {args.seeds} seeds. "
+        f"A cell is excess loss (KL), in nats per token{', for each text in turn' if len(texts) > 1 else ''}. Texts: "
+        + "; ".join(f"{Path(t).name} (dense loss {base.nll:.3f}; {protocol(cut)})" for t, (cut, base) in scored.items())
+        + "\n"
+    )
+    args.out.write_text(head + "\n".join(lines) + "\n")
+
+
+def prune(args: argparse.Namespace, settings: dict[str, object], shape: str, share: float, seed: int, source: Source):  # noqa: ANN201
+    """One pruned model, as a live model in fp32."""
+    options = {**settings, "shape": shape}
+    base = {}
+    if recipe := options.pop("recipe", None):
+        # Its protected ends are those of a 32-layer model; here they shrink with the depth.
+        layers = source.layout.num_layers
+        base = {**load_recipe(str(recipe)), "keep_first": max(1, layers * 4 // 32), "keep_last": max(1, layers * 2 // 32)}
+    else:
+        options |= {"samples": args.samples, "seq_len": args.seq_len}
+    model = pared.load(args.model, dtype=torch.float32)
+    return pared.prune(
+        model,
+        tokenizer=source.get_tokenizer(),
+        calibration=args.calibration,
+        base=base,
+        remove=share,
+        of="block-params",
+        align=1,
+        seed=seed,
+        **options,
+    ).model
+
+
+def _cell(values: list[tuple[float, float]]) -> str:
+    if not values:
+        return "out of reach"
+    excess, kl = (sum(v[i] for v in values) / len(values) for i in (0, 1))
+    return f"{excess:.3f} ({kl:.3f})"
+
+
+if __name__ == "__main__":
+    main()
