@@ -44,3 +44,18 @@ def pared(*arguments: object) -> Done:
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its content, and every folder."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
+
+
+def refused(tmp_path: Path, code: int, *arguments: object, words: tuple[str, ...] = ()) -> Done:
+    """The command ends with the code and says why in at most three lines; all files are as they were."""
+    before = tree(tmp_path)
+    done = pared(*arguments)
+    assert done.code == code, done.err
+    assert tree(tmp_path) == before
+    assert done.out == ""
+    lines = done.err.splitlines()
+    assert 1 <= len(lines) <= 3 and "Traceback" not in done.err
+    assert not lines[0].startswith(" ") and all(line.startswith(("  where: ", "  fix:   ")) for line in lines[1:])
+    for word in words:
+        assert word in done.err, f"{word!r} is not in: {done.err}"
+    return done

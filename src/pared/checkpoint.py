@@ -222,7 +222,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a directory that need not hold weights. ModelError where `Checkpoint.open` would refuse it or the index."""
+    """config.json of a directory that need not hold weights; refused as `Checkpoint.open` would for it or for the index."""
     config = _config(path)
     _refuse_unsupported(path, config, trust_remote_code=False)
     if (path / INDEX).exists():

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pared.errors import ModelError
+
 DAMPING = 1e-2
 
 
@@ -94,7 +96,10 @@ def cholesky(matrix: Tensor) -> Tensor:
         if int(info) == 0:
             return factor
         lift = max(10 * lift, 1e-10 * max(scale, 1e-30))
-    raise ArithmeticError("the second moments of a layer's input are not positive definite")
+    raise ModelError(
+        "the second moments of a layer's input are not finite, or not positive definite",
+        fix="check the weights with pared verify, or try --dtype float32",
+    )
 
 
 def refit(problem: Problem, w: Tensor, kept: Tensor, damping: float = DAMPING) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable
@@ -186,6 +187,7 @@ def _skip_layers(model: PreTrainedModel, layout: Layout, plan: Plan) -> None:
 def _restrict_norms(reference: PreTrainedModel, cut: PreTrainedModel, layout: Layout, plan: Plan) -> None:
     """Norms over a cut axis renormalise: in the reference they see the kept channels only, as in the cut model.
 
+    Their weights are the dense model's own: a cut model may carry a factor in one norm that it undoes elsewhere.
     Everything around them stays masked, so the proof still covers every other tensor.
     """
     where = {layer.source: i for i, layer in enumerate(plan.layers)}
@@ -204,8 +206,12 @@ def _restrict_norms(reference: PreTrainedModel, cut: PreTrainedModel, layout: La
         else:
             kept = keep.get("hidden") if isinstance(keep.get("hidden"), Tensor) else None  # type: ignore[assignment]
         if kept is not None:
-            twin = name if layer is None else f"{layout.prefix}.{where[layer]}.{layout.local(name)}"
-            _see_only(module, cut.get_submodule(twin), kept)
+            place = name if layer is None else f"{layout.prefix}.{where[layer]}.{layout.local(name)}"
+            twin = copy.deepcopy(cut.get_submodule(place))
+            with torch.no_grad():
+                for leaf, p in twin.named_parameters(recurse=False):
+                    p.copy_(own[f"{name}.{leaf}"][kept])
+            _see_only(module, twin, kept)
 
 
 def _see_only(module: nn.Module, twin: nn.Module, kept: Tensor) -> None:

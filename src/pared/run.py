@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ from pared.recipe import Recipe, make_recipe
 from pared.report.card import model_card
 from pared.stream import Stream
 from pared.structure import Layout
-from pared.surgery import cut_block, cut_model, cut_outside, target_config
+from pared.surgery import cut_block, cut_model, cut_outside, embedding_scale, keep_scale, target_config, written_as
 from pared.writer import CheckpointWriter
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -169,41 +170,38 @@ def plan_pruning(
     recipe = resolve(recipe, source)
     criterion = get_criterion(recipe.criterion or "")
     axes = resolve_axes(source.layout, recipe.structures)
-    amount = Amount(recipe.remove, recipe.of)
-    whole = _budget(source.layout, recipe, amount, axes, source.experts_used)
+    whole = _budget(source, recipe, axes, recipe.remove)
     if calibration is None and criterion.needs != "weights":
         calibration = calibrate(source, recipe)
     batches = calibration.batches(recipe.batch) if calibration else []
     provenance = _provenance(source, recipe, calibration)
 
-    def decide(what: Checkpoint | PreTrainedModel, layout: Layout, share: float) -> tuple[Plan, Scores]:
-        budget = _budget(layout, recipe, Amount(share, recipe.of), axes, source.experts_used)
-        stream = Stream(what, layout, dtype=compute_dtype(recipe), device=recipe.device)
-        going = round(share * layout.num_layers) if "layer" in axes else 0
+    def decide(now: Source, share: float) -> tuple[Plan, Scores]:
+        stream = Stream(now.runnable, now.layout, dtype=compute_dtype(recipe), device=recipe.device)
+        going = round(share * now.layout.num_layers) if "layer" in axes else 0
         scores = estimate(
             stream, criterion, axes, batches, reduction=recipe.reduction, seed=recipe.seed, layers_to_remove=going + 1, progress=progress
         )
+        budget = _budget(now, recipe, axes, share)
         return make_plan(budget, scores, shape=recipe.shape, allocate=recipe.allocate or "uniform", provenance=provenance), scores
 
     if recipe.iterative_steps == 1:
-        return decide(source.runnable, source.layout, recipe.remove)
+        return decide(source, recipe.remove)
 
     # In steps: each removes an equal part of the whole amount from what the one before left.
     plan: Plan | None = None
     scores = Scores()
     dense = source.resident(compute_dtype(recipe), recipe.device)
-    current, layout = dense, source.layout
+    now = Source.open(dense, source.tokenizer)
     total = whole.before.amount(recipe.of)
     for step in range(1, recipe.iterative_steps + 1):
-        left_to_remove = recipe.remove * step / recipe.iterative_steps * total
-        now = _budget(layout, recipe, amount, axes, source.experts_used).before.amount(recipe.of)
-        share = (left_to_remove - (total - now)) / now
+        left = (plan.after if plan else whole.before).amount(recipe.of)
+        share = (recipe.remove * step / recipe.iterative_steps * total - (total - left)) / left
         if share <= 0:
             continue
-        part, scores = decide(current, layout, share)
-        plan = part if plan is None else compose(plan, part, source.layout, layout)
-        current = cut_model(dense, source.layout, plan)
-        layout = proved_layout(*modeling.make_config(current.config.to_dict()))
+        part, scores = decide(now, share)
+        plan = part if plan is None else compose(plan, part, source.layout, now.layout)
+        now = Source.open(cut_model(dense, source.layout, plan), source.tokenizer)
     if plan is None:
         raise UsageError("the first step removed everything asked for", fix="use fewer --iterative-steps")
     return recount(plan.model_copy(update={"requested": recipe.remove, "provenance": provenance}), whole), scores
@@ -224,14 +222,16 @@ def refit_blocks(
     return compensate(stream, plan, batches, mode=recipe.compensate, steps=recipe.reconstruct, seed=recipe.seed, progress=progress)
 
 
-def _budget(layout: Layout, recipe: Recipe, amount: Amount, axes: tuple[str, ...], experts_used: int | None) -> Budget:
+def _budget(source: Source, recipe: Recipe, axes: tuple[str, ...], share: float) -> Budget:
+    layout, amount = source.layout, Amount(share, recipe.of)
     n = layout.num_layers
     if recipe.keep_first + recipe.keep_last >= n:
         raise UsageError(
             f"all of the {n} layers are protected", where="--keep-first / --keep-last", fix=f"their sum must be below {n}"
         )
     protected = frozenset([*range(recipe.keep_first), *range(n - recipe.keep_last, n)])
-    return Budget(layout, amount, axes, protected, recipe.align, recipe.context, experts_used)
+    writable = functools.partial(written_as, layout, source.config) if recipe.shape == "uniform" else None
+    return Budget(layout, amount, axes, protected, recipe.align, recipe.context, source.experts_used, writable)
 
 
 def _provenance(source: Source, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
@@ -277,7 +277,9 @@ def write_pruned(
         if weights is not None:
             weights.unload(names)
 
-    write([n for n in layout.tensors if layout.layer_of(n) is None], lambda read: cut_outside(layout, plan, read))
+    scale = embedding_scale(model)
+    outside = [n for n in layout.tensors if layout.layer_of(n) is None]
+    write(outside, lambda read: keep_scale(result, layout, scale, cut_outside(layout, plan, read)))
     for i, layer in enumerate(plan.layers):
         changed = next(refitted).tensors if refitted is not None else {}
         write(layout.block_tensors(layer.source), lambda read, i=i, c=changed: cut_block(layout, plan, i, read, c))  # type: ignore[misc]

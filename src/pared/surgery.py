@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -42,6 +43,16 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
         if own:
             overrides[i] = own
     return target, overrides
+
+
+def written_as(layout: Layout, config: PreTrainedConfig, sizes: Mapping[str, int], hidden: int | None) -> str | None:
+    """The model type whose config can say a uniform shape: the family's own, a stand-in's, or None."""
+    now = {a: n for a, n in sizes.items() if any(n != own.get(a) for own in layout.layer_sizes)}
+    changes = resize(config, layout.keys, now if hidden is None else {**now, "hidden": hidden})
+    try:
+        return str(_build(config, {**config.to_dict(), **changes}).model_type)
+    except ModelError:
+        return None
 
 
 def _changed(sizes: Mapping[str, int], dense: Mapping[str, int]) -> dict[str, int]:
@@ -96,6 +107,43 @@ def cut_outside(layout: Layout, plan: Plan, read: Callable[[str], Tensor]) -> di
     return {n: take(read(n), layout.tensors[n], layout.sizes, keep) for n in names}
 
 
+def embedding_scale(model: PreTrainedModel) -> float:
+    """What a model multiplies its input embeddings with, where its class derives that from the hidden size (Gemma)."""
+    return float(getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0))
+
+
+def keep_scale(result: PreTrainedModel, layout: Layout, dense_scale: float, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors outside of the blocks, changed so that another embedding scale makes no difference.
+
+    The embeddings take up the ratio; where the head shares them, the last norm takes it back.
+    """
+    ratio = dense_scale / embedding_scale(result)
+    if ratio == 1.0:
+        return state
+    names = {id(p): n for n, p in result.named_parameters(remove_duplicate=False) if n in state}
+    embedding = names[id(result.get_input_embeddings().weight)]
+    out = {**state, embedding: (state[embedding].float() * ratio).to(state[embedding].dtype)}
+    if layout.tied:
+        outside = [n for n in state if layout.layer_of(n) is None and layout.tensors[n].text == "hidden"]
+        norm = [n for n in outside if "norm" in type(_module_of(result, n)).__name__.lower()][-1]
+        offset = _norm_offset(_module_of(result, norm))
+        out[norm] = ((state[norm].float() + offset) / ratio - offset).to(state[norm].dtype)
+    return out
+
+
+def _module_of(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _norm_offset(norm: nn.Module) -> float:
+    """What a norm adds to its weight before multiplying: 1 for Gemma's, 0 for the others."""
+    probe = copy.deepcopy(norm).to_empty(device="cpu").float()
+    with torch.no_grad():
+        for p in probe.parameters():
+            p.zero_()
+        return 0.0 if bool((probe(torch.ones(1, p.numel())) == 0).all()) else 1.0
+
+
 def cut_model(
     model: PreTrainedModel, layout: Layout, plan: Plan, refitted: Iterator[Any] | None = None
 ) -> PreTrainedModel:
@@ -116,6 +164,7 @@ def assemble(
     """A model from cut tensors. Raises ModelError where its classes, built from the new config, want other shapes."""
     target, per_layer = target_config(layout, config, plan)
     result = modeling.skeleton(target, per_layer, dtype=next(iter(state.values())).dtype)
+    state = keep_scale(result, layout, embedding_scale(modeling.skeleton(config)), dict(state))
     fill(result, state, frozen=False)
     modeling.fill_buffers(result, result, next(iter(state.values())).device)
     if generation_config is not None and result.can_generate():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +136,35 @@ def test_no_weight_is_read(tmp_path: Path) -> None:
     header = 8 + int.from_bytes(data[:8], "little")
     weights.write_bytes(data[:header] + b"\xff" * (len(data) - header))  # every value a NaN
     assert inspected(model) == before
+
+
+def test_a_checkpoint_whose_layers_differ_is_described(tmp_path: Path) -> None:
+    model = tiny.save(tiny.model("qwen3"), tmp_path / "model")
+    how = ("--shape", "per-layer", "--remove", "0.3", "--criterion", "l1", "--compensate", "none")
+    assert pared("prune", model, "-o", tmp_path / "out", *how).code == 0
+    found = inspected(tmp_path / "out")
+    with Checkpoint.open(tmp_path / "out") as checkpoint:
+        assert (found["params"], found["bytes"]) == (checkpoint.num_parameters, checkpoint.nbytes)
+    assert isinstance(next(a for a in found["axes"] if a["axis"] == "ffn")["units"], list)
+    assert pared("inspect", tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_hub_model_in_the_cache_is_described_offline(tmp_path: Path, weights: bool) -> None:
+    model = tiny.save(tiny.model("llama"), tmp_path / "model")
+    home = tmp_path / "home" / "hub" / "models--someone--tiny"
+    snapshot = home / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("abc")
+    for name in ("config.json", "model.safetensors") if weights else ("config.json",):
+        (snapshot / name).write_bytes((model / name).read_bytes())
+    command = [sys.executable, "-m", "pared", "inspect", "someone/tiny", "--format", "json"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["params"] == inspected(model)["params"]
+    assert (json.loads(done.stdout)["weights"] == "headers") == weights
 
 
 @pytest.mark.parametrize(
