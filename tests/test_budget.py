@@ -8,12 +8,12 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedConfig, Qwen2Config
 
+import tiny
 from pared.accounting import AMOUNTS, account
 from pared.budget import Amount, Budget, Sizes
 from pared.budget.ranked import allocate_ranked

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import pared
+import tiny
 from pared.accounting import account
 from pared.compose import compose
 from pared.errors import UsageError

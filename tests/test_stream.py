@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+import tiny
 from pared.calibration import Batch
 from pared.checkpoint import Checkpoint
 from pared.criteria import Criterion, Group, Stats
 from pared.estimate import estimate
+from pared.gradients import forward_with_loss, walk_back
 from pared.modeling import blocks
 from pared.proof import proved_layout
-from pared.stream import Stream, forward_with_loss, walk_back
+from pared.stream import Stream
 
 DIFFERENTIATED = ["llama", "llama-biases", "gemma2", "gpt2", "bloom", "gpt_neox", "phi3", "mixtral"]
 BATCHES = [Batch(tiny.tokens(3, 14)), Batch(tiny.tokens(2, 9, seed=4)), Batch(tiny.tokens(1, 14, seed=5))]

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from pared.calibration import Batch
 from pared.criteria import Criterion, Group, Moments, Stats
 from pared.errors import ModelError, UsageError
-from pared.stream import Stream, WeightGradients, forward_with_loss, next_token_loss, observed, unpadded, walk_back
+from pared.gradients import WeightGradients, forward_with_loss, next_token_loss, walk_back
+from pared.stream import Stream, observed, unpadded
 from pared.structure import Layout
 
 Progress = Callable[[str, int, int], None]  # stage, done, total

@@ -17,9 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pared import modeling
 from pared.accounting import account
 from pared.axes import Nested, indices
+from pared.discovery import Discovered, assemble, discover
 from pared.errors import ModelError, ParedError
 from pared.plan import LayerPlan, Plan, layer_plan, to_ranges
-from pared.structure import Discovered, Layout, Proof, assemble, discover, with_signatures
+from pared.structure import Layout, Proof, with_signatures
 from pared.surgery import cut_model, fill, mask_
 
 TOLERANCE = 1e-5

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import tiny
 from pared.calibration import Batch
 from pared.checkpoint import Checkpoint
 from pared.criteria import REDUCTIONS, Criterion, all_criteria, get_criterion

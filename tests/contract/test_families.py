@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 import pared
+import tiny
 from pared.accounting import account
 from pared.axes import Nested
 from pared.checkpoint import Checkpoint
@@ -251,7 +251,7 @@ def test_what_is_loaded_is_what_was_made(
     assert tiny.equal_states(loaded, memory.model) and torch.equal(tiny.logits(loaded), tiny.logits(memory.model))
     assert Plan.load(out / "plan.json").layers == memory.plan.layers
     if shape == "per-layer":
-        with pytest.raises(Exception):  # noqa: B017, PT011  (transformers' own, of several kinds; that it refuses is the law)
+        with pytest.raises(Exception):  # noqa: B017  (transformers' own, of several kinds; that it refuses is the law)
             AutoModelForCausalLM.from_pretrained(out)
     else:
         model = stock(out, caplog)

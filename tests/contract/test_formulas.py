@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+import tiny
 from pared.calibration import Batch
 from pared.criteria import get_criterion
 from pared.estimate import Scores, estimate

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import tiny
 from pared.modeling import blocks
 from pared.proof import proved_layout
 

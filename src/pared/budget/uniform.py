@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from dataclasses import dataclass
 
 from pared.budget import Budget, Sizes
@@ -15,6 +16,8 @@ from pared.errors import UsageError
 
 # What it costs, as imbalance, to be written as another model type: a few per cent more of one kind of structure.
 OTHER_TYPE = 0.02
+# Combinations of coarse sizes: some seconds for a model of 80 layers.
+MOST_TRIED = 20_000
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,10 @@ def _coarse_levels(budget: Budget) -> list[dict[str, int]]:
             step = budget.grain(axis) if fine else budget.step(axis)
             levels = [n for n in range(sizes["hidden"], 0, -1) if n == sizes["hidden"] or n % step == 0]
             choices[axis] = levels[:: max(1, len(levels) // 512)]
+    # FFN channels fill in whatever the coarse axes leave, so these need not be tried at every level.
+    while budget.width_axes and math.prod(map(len, choices.values())) > MOST_TRIED:
+        longest = max(choices, key=lambda a: len(choices[a]))
+        choices[longest] = choices[longest][::2]
     return [dict(zip(choices, c, strict=True)) for c in itertools.product(*choices.values())]
 
 

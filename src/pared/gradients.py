@@ -1,0 +1,145 @@
+"""Gradients block by block: forward once storing each block's input, then walk back, recomputing one block at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pared.calibration import Batch
+from pared.errors import ModelError
+from pared.stream import Stream
+
+
+@dataclass
+class Backward:
+    """Stored inputs of every block, and the gradient that reaches the last one: what a walk back starts from."""
+
+    inputs: list[list[Tensor]]
+    gradients: list[Tensor]
+    loss: float
+    tokens: int
+
+
+def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Summed cross-entropy of each next token: logits [b, s, vocab], ids [b, s]."""
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+
+
+def forward_with_loss(stream: Stream, batches: Sequence[Batch], *, keep_inputs: bool = True) -> Backward:
+    """Forward over all batches; the loss is the mean over every predicted token of every batch."""
+    inputs: list[list[Tensor]] = []
+
+    def visit(i: int, block: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
+        if keep_inputs:
+            inputs.append(hidden)
+        return [stream.run(block, i, h) for h in hidden]
+
+    last = stream.forward(batches, visit)
+    tokens = sum(b.input_ids.shape[0] * (b.input_ids.shape[1] - 1) for b in batches)
+    gradients, total = [], 0.0
+    with stream.outside(front=False):
+        for hidden, batch in zip(last, batches, strict=True):
+            rows = []
+            # One sequence at a time: the logits of a large vocabulary are the largest tensor of all.
+            for row, ids in zip(hidden.split(1), batch.input_ids.to(hidden.device).split(1), strict=True):
+                leaf = row.detach().requires_grad_(keep_inputs)
+                with torch.set_grad_enabled(keep_inputs):
+                    loss = next_token_loss(stream.logits(leaf), ids)
+                if keep_inputs:
+                    (grad,) = torch.autograd.grad(loss / tokens, leaf)
+                    rows.append(grad)
+                total += float(loss.detach())
+            if rows:
+                gradients.append(torch.cat(rows))
+    if not math.isfinite(total):
+        raise ModelError("the loss on the calibration text is not finite", fix="check the weights with pared verify, or try --dtype float32")
+    return Backward(inputs, gradients, total / tokens, tokens)
+
+
+@dataclass
+class WeightGradients:
+    """Of one block, by local tensor name, fp32: the gradient of the mean loss and, if asked for, the mean over
+    sequences of the squared gradient of each sequence's mean loss."""
+
+    first: dict[str, Tensor] = field(default_factory=dict)
+    squared: dict[str, Tensor] = field(default_factory=dict)
+
+
+def walk_back(
+    stream: Stream,
+    batches: Sequence[Batch],
+    state: Backward,
+    visit: Callable[[int, nn.Module, WeightGradients], None],
+    *,
+    weights: bool = True,
+    squared: bool = False,
+    around: Callable[[int, nn.Module], contextlib.AbstractContextManager[object]] | None = None,
+) -> None:
+    """From the last block to the first: recompute the block, send the gradient through it, show its weight gradients.
+
+    squared wants one backward pass for each sequence. weights: False sends the gradient through without computing any
+    for the weights. around: a context in which a block runs forward and backward, to hang hooks in.
+    """
+    sequences = sum(b.input_ids.shape[0] for b in batches)
+    for i in reversed(range(stream.num_layers)):
+        inputs = state.inputs.pop()
+        with stream.block(i) as block:
+            parameters = {n: p for n, p in block.named_parameters() if weights and p.is_floating_point()}
+            flags = {n: p.requires_grad for n, p in parameters.items()}
+            for p in parameters.values():
+                p.requires_grad_(True)
+            found = WeightGradients()
+            with around(i, block) if around else contextlib.nullcontext():
+                for b, hidden in enumerate(inputs):
+                    state.gradients[b] = _through_block(stream, block, i, hidden, state, b, parameters, found, squared, sequences)
+                    inputs[b] = hidden.new_empty(0)
+            for n, p in parameters.items():
+                p.requires_grad_(flags[n])
+            with torch.no_grad():
+                visit(i, block, found)
+
+
+def _through_block(
+    stream: Stream,
+    block: nn.Module,
+    i: int,
+    hidden: Tensor,
+    state: Backward,
+    b: int,
+    parameters: dict[str, nn.Parameter],
+    found: WeightGradients,
+    squared: bool,
+    sequences: int,
+) -> Tensor:
+    """The gradient at a block's input from that at its output, for batch b; weight gradients are added to `found`."""
+    parts = hidden.split(1) if squared else (hidden,)
+    grads = state.gradients[b].split(1) if squared else (state.gradients[b],)
+    through = []
+    for part, upstream in zip(parts, grads, strict=True):
+        leaf = part.detach().requires_grad_(True)
+        with torch.enable_grad():
+            out = stream.run(block, i, leaf)
+            got = torch.autograd.grad(out, [leaf, *parameters.values()], upstream, allow_unused=True)
+        through.append(got[0])
+        # A sequence's own mean loss differs from its share of the total by this factor.
+        scale = state.tokens / (part.shape[0] * (part.shape[1] - 1))
+        for name, g in zip(parameters, got[1:], strict=True):
+            if g is not None:
+                _accumulate(found.first, name, g.float())
+                if squared:
+                    _accumulate(found.squared, name, (g.float() * scale).square_().div_(sequences))
+        del got
+    return torch.cat(through)
+
+
+def _accumulate(store: dict[str, Tensor], name: str, value: Tensor) -> None:
+    if name in store:
+        store[name].add_(value)
+    else:
+        store[name] = value
