@@ -114,7 +114,11 @@ def main() -> None:
             if m != "imports" and plain
         ),
     ]
-    text = f"# Memory and time\n\n{(__doc__ or '').split(chr(10) * 2)[2].strip()}\n\nWeights: {size / 1e9:.2f} GB.\n\n" + "\n".join(lines) + "\n"
+    text = (
+        f"# Memory and time\n\n{(__doc__ or '').split(chr(10) * 2)[2].strip()}\n\nWeights: {size / 1e9:.2f} GB.\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
     args.out.write_text(text)
     print(text)
 

@@ -70,7 +70,9 @@ def main() -> None:
         else:
             cut = windows(text, tokenizer, args.seq_len)
         if args.max_windows:
-            cut = Windows(cut.ids[: args.max_windows], cut.first_scored[: args.max_windows], None, cut.documents, cut.stream_tokens)
+            cut = Windows(
+                cut.ids[: args.max_windows], cut.first_scored[: args.max_windows], None, cut.documents, cut.stream_tokens
+            )
         with inference(dense):
             reference = remembered(logits_of(dense))
             scored[text] = cut, measure(reference, cut), reference
@@ -78,7 +80,11 @@ def main() -> None:
     names = [n for n in METHODS if not args.methods or n in args.methods.split(",")]
     lines = []
     for shape in BOTH:
-        lines += [f"\n## {shape}\n", "| method | " + " | ".join(f"{r:.0%}" for r in shares) + " | seconds |", "| --- |" + " --- |" * (len(shares) + 1)]
+        lines += [
+            f"\n## {shape}\n",
+            "| method | " + " | ".join(f"{r:.0%}" for r in shares) + " | seconds |",
+            "| --- |" + " --- |" * (len(shares) + 1),
+        ]
         for name in names:
             settings, shapes = METHODS[name]
             if shape not in shapes:

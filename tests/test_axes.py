@@ -268,9 +268,7 @@ SIZES = {"kv": 2, "query": 2, "d": 3, "hidden": 4}
     ],
 )
 def test_tensors_and_selections_that_do_not_fit_are_refused(shape: Any, text: str, keep: Any, says: str | None) -> None:
-    chosen = {
-        a: Nested(k[0], torch.tensor(k[1])) if isinstance(k, tuple) else torch.tensor(k) for a, k in keep.items()
-    }
+    chosen = {a: Nested(k[0], torch.tensor(k[1])) if isinstance(k, tuple) else torch.tensor(k) for a, k in keep.items()}
     if says is None:
         assert take(torch.ones(shape), parse(text), SIZES, chosen).shape == (6, 1)
     else:

@@ -35,7 +35,16 @@ MODELS: dict[str, PreTrainedConfig] = {
     "mixtral": MixtralConfig(**GROUPED, num_local_experts=4),
 }
 WIDTHS = ("kv", "query", "ffn")
-CHOICES: list[tuple[str, ...]] = [("ffn",), ("kv",), ("kv", "query"), WIDTHS, ("layer",), ("layer", "ffn"), ("hidden",), ("hidden", *WIDTHS)]
+CHOICES: list[tuple[str, ...]] = [
+    ("ffn",),
+    ("kv",),
+    ("kv", "query"),
+    WIDTHS,
+    ("layer",),
+    ("layer", "ffn"),
+    ("hidden",),
+    ("hidden", *WIDTHS),
+]
 LOOK = settings(max_examples=50, deadline=None)
 
 
@@ -178,7 +187,9 @@ def test_global_meets_the_budget_by_less_than_a_step(
             if n < full[axis]:
                 more = {**sizes, i: {**own, axis: min(full[axis], (n // step + 1) * step)}}
                 gained = left_by(budget, more)
-                assert gained > total * (1 - share) or gained == left_by(budget, sizes), f"{axis} of layer {i} can have a step back"
+                assert gained > total * (1 - share) or gained == left_by(budget, sizes), (
+                    f"{axis} of layer {i} can have a step back"
+                )
 
 
 @pytest.mark.parametrize("axes", [WIDTHS, ("ffn",), ("layer", "ffn"), ("hidden", *WIDTHS), ("layer",)])
@@ -209,9 +220,13 @@ def test_what_stays_is_what_scores_best(name: str, axes: tuple[str, ...]) -> Non
 
 def test_ties_go_to_the_lower_index_and_the_plan_counts_what_it_leaves() -> None:
     layout = layout_of("llama")
-    scores = Scores({(i, a): torch.ones(layout.sizes_at(i)["ffn"] if a == "ffn" else 4) for i in range(6) for a in ("ffn", "kv")})
+    scores = Scores(
+        {(i, a): torch.ones(layout.sizes_at(i)["ffn"] if a == "ffn" else 4) for i in range(6) for a in ("ffn", "kv")}
+    )
     plan = make_plan(budget_of("llama", 0.25, ("ffn", "kv")), scores, shape="uniform", allocate="uniform")
-    assert all(kept == f"0-{plan.sizes(i, layout)[a] - 1}" for i, layer in enumerate(plan.layers) for a, kept in layer.keep.items())
+    assert all(
+        kept == f"0-{plan.sizes(i, layout)[a] - 1}" for i, layer in enumerate(plan.layers) for a, kept in layer.keep.items()
+    )
     layers = [(layer.source, plan.sizes(i, layout)) for i, layer in enumerate(plan.layers)]
     assert plan.after == account(layout, layers) and plan.before == account(layout)
     assert plan.removed == 1 - plan.after.block_params / plan.before.block_params

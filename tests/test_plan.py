@@ -46,7 +46,9 @@ def test_ranges_come_back(units: set[int]) -> None:
     assert len(text.split()) == runs
 
 
-@pytest.mark.parametrize("text", ["a", "1-", "-1", "3-1", "2 1", "1 1", "0-3 3", "1.5", "٣", "0-99999999", "0-99999999999999999999"])
+@pytest.mark.parametrize(
+    "text", ["a", "1-", "-1", "3-1", "2 1", "1 1", "0-3 3", "1.5", "٣", "0-99999999", "0-99999999999999999999"]
+)
 def test_text_that_is_no_range_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         from_ranges(text)
@@ -71,11 +73,14 @@ def test_a_real_plan_is_the_same_after_saving(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b"[" * 5000, {"extra": 1}, {"format": "pared-plan/9"}, {"layers": 3}]
+    "content",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b"[" * 5000, {"extra": 1}, {"format": "pared-plan/9"}, {"layers": 3}],
 )
 def test_what_is_no_plan_is_refused_with_its_place(content: Any, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    path.write_bytes(content if isinstance(content, bytes) else json.dumps({**json.loads(plan_of().to_json()), **content}).encode())
+    path.write_bytes(
+        content if isinstance(content, bytes) else json.dumps({**json.loads(plan_of().to_json()), **content}).encode()
+    )
     with pytest.raises(UsageError) as error:
         Plan.load(path)
     assert error.value.where == path

@@ -166,4 +166,6 @@ def test_every_expert_sees_the_tokens_that_are_routed_to_it() -> None:
             gate, up = (torch.cat(routed) @ pairs[expert].T).chunk(2, dim=-1)
             x = (F.silu(gate) * up).double()
             assert int(moments.count[expert]) == len(x) > 0
-            assert tiny.close(moments.absolute[expert], x.abs().sum(0)) and tiny.close(moments.square[expert], x.square().sum(0))
+            assert tiny.close(moments.absolute[expert], x.abs().sum(0)) and tiny.close(
+                moments.square[expert], x.square().sum(0)
+            )

@@ -104,30 +104,42 @@ def fit_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tok.train_from_iterator(texts, trainer)
     tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tok, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512, clean_up_tokenization_spaces=False
+        tokenizer_object=tok,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
     )
 
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     out = Path(args.out)
-    texts = [json.loads(line)["text"] for path in args.stories for line in open(path)]
+    texts = [json.loads(line)["text"] for path in args.stories for line in Path(path).read_text().splitlines()]
     tokenizer = fit_tokenizer(texts)
     eos = tokenizer.eos_token_id
-    ids = [t + [eos] for t in tokenizer(texts)["input_ids"]]
+    ids = [[*t, eos] for t in tokenizer(texts)["input_ids"]]
     stream = torch.tensor([t for row in ids for t in row])
     held, stream = stream[:100_000], stream[100_000:]
-    print(f"{len(texts)} stories, {len(stream) / 1e6:.1f}M tokens, {sum(map(len, texts)) / len(stream):.2f} characters a token", flush=True)
+    print(
+        f"{len(texts)} stories, {len(stream) / 1e6:.1f}M tokens, {sum(map(len, texts)) / len(stream):.2f} characters a token",
+        flush=True,
+    )
     model = LlamaForCausalLM(LlamaConfig(**CONFIG))
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters", flush=True)
     forward = torch.compile(model) if args.compile else model
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.95)
+    )
     window, batch = args.window, args.batch
     start, step, smooth, last = time.time(), 0, None, 0.0
     while (share := (time.time() - start) / (60 * args.minutes)) < 1:
@@ -148,7 +160,10 @@ def train(args: argparse.Namespace) -> None:
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         if time.time() - last > 30:
             last = time.time()
-            print(f"{share:5.1%} step {step} tokens {step * window * batch / 1e6:.1f}M loss {smooth:.4f} lr {rate:.2e}", flush=True)
+            print(
+                f"{share:5.1%} step {step} tokens {step * window * batch / 1e6:.1f}M loss {smooth:.4f} lr {rate:.2e}",
+                flush=True,
+            )
     with torch.no_grad():
         windows = held[: len(held) // window * window].view(-1, window)
         nll = sum(model(w, labels=w).loss.item() * len(w) for w in windows.split(16)) / len(windows)

@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from pared.run import Pruned, prune
 
 __all__ = ["Plan", "Pruned", "criterion", "load", "prune"]
-_HOME = {"Plan": "pared.plan", "Pruned": "pared.run", "criterion": "pared.criteria", "load": "pared.modeling", "prune": "pared.run"}
+_HOME = {
+    "Plan": "pared.plan",
+    "Pruned": "pared.run",
+    "criterion": "pared.criteria",
+    "load": "pared.modeling",
+    "prune": "pared.run",
+}
 
 
 def __getattr__(name: str) -> Any:

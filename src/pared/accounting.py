@@ -65,23 +65,34 @@ def account(
 
 
 def block_count(
-    layout: Layout, source: int, sizes: Mapping[str, int], *, context: int = 1024, experts_used: int | None = None
+    layout: Layout,
+    source: int,
+    sizes: Mapping[str, int],
+    *,
+    context: int = 1024,
+    experts_used: int | None = None,
+    names: Sequence[str] | None = None,
 ) -> tuple[int, int]:
-    """Parameters and multiply-adds for one token of one block under the given axis sizes."""
+    """Parameters and multiply-adds for one token of one block under the given axis sizes. names: the block's, if known."""
     params = flops = 0
-    for name in layout.block_tensors(source):
+    names = layout.block_tensors(source) if names is None else names
+    for name in names:
         n = layout.parameters(name, sizes)
         params += n
         # Routers are matrices too, though of no class that says so.
         if name in layout.consumers or (len(layout.shapes[name]) == 2 and name.endswith(".weight")):
-            routed = "expert" in layout.tensors[name].axes and layout.tensors[name].dims_of("expert") == [0] and len(layout.shapes[name]) == 3
+            routed = (
+                "expert" in layout.tensors[name].axes
+                and layout.tensors[name].dims_of("expert") == [0]
+                and len(layout.shapes[name]) == 3
+            )
             flops += n * (experts_used or sizes["expert"]) // sizes["expert"] if routed else n
-    if cache_entries(layout, source, sizes):
+    if cache_entries(layout, source, sizes, names):
         flops += 2 * sizes["kv"] * sizes["query"] * sizes["d"] * context
     return params, flops
 
 
-def cache_entries(layout: Layout, source: int, sizes: Mapping[str, int]) -> int:
+def cache_entries(layout: Layout, source: int, sizes: Mapping[str, int], names: Sequence[str] | None = None) -> int:
     """Entries that the key-value cache holds for one token in one block; 0 where nothing says that it attends."""
-    attends = any({"kv", "d"} <= layout.tensors[n].axes for n in layout.block_tensors(source))
+    attends = any({"kv", "d"} <= layout.tensors[n].axes for n in (layout.block_tensors(source) if names is None else names))
     return 2 * sizes["kv"] * sizes["d"] if attends else 0

@@ -277,8 +277,7 @@ def _take_across(
     inner = Signature(signature.text, signature.dims[:parent_dim] + signature.dims[parent_dim + 1 :])
     rest = {a: k for a, k in keep.items() if a not in (axis, nested.parent)}
     rows = [
-        take(tensor.select(parent_dim, int(p)), inner, sizes, {**rest, axis: nested.index[r]})
-        for r, p in enumerate(parents)
+        take(tensor.select(parent_dim, int(p)), inner, sizes, {**rest, axis: nested.index[r]}) for r, p in enumerate(parents)
     ]
     return torch.stack(rows, parent_dim)
 

@@ -184,7 +184,9 @@ class _Block:
         if self.mode == "bias":
             if bias is None:
                 raise UsageError(
-                    f"{name} has no bias to put the correction in", where="--compensate bias", fix="--compensate refit or sequential"
+                    f"{name} has no bias to put the correction in",
+                    where="--compensate bias",
+                    fix="--compensate refit or sequential",
                 )
             problem = fit.plus(held).problem(centred=True)
             new = w.double()[:, kept]

@@ -30,9 +30,13 @@ def compose(first: Plan, second: Plan, dense: Layout, middle: Layout) -> Plan:
         layers.append(layer_plan(source, keep, sizes))
     hidden = first.hidden
     if second.hidden is not None:
-        kept = _through(first.selection(None, dense).get("hidden"), second.selection(None, middle)["hidden"], dense.sizes["hidden"])
+        kept = _through(
+            first.selection(None, dense).get("hidden"), second.selection(None, middle)["hidden"], dense.sizes["hidden"]
+        )
         hidden = to_ranges(kept.tolist())
-    return second.model_copy(update={"layers": layers, "hidden": hidden, "model_type": first.model_type, "before": first.before})
+    return second.model_copy(
+        update={"layers": layers, "hidden": hidden, "model_type": first.model_type, "before": first.before}
+    )
 
 
 def _through(before: Tensor | Nested | None, after: Tensor | Nested | None, n: int) -> Tensor:

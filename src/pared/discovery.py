@@ -55,7 +55,7 @@ class Discovered:
 def discover(config: PreTrainedConfig, per_layer: modeling.PerLayer | None = None) -> tuple[Layout, Discovered]:
     """The unproved layout of a model with this config, and the tiny instance on which it can be proved."""
     model = modeling.skeleton(config, per_layer)
-    prefix, layers = modeling.blocks(model)
+    _, layers = modeling.blocks(model)
     variants = _variants(model, layers)
     for n in (2, 3, 4, 6, 8, 12):
         n = min(n, len(layers))
@@ -172,7 +172,11 @@ def tiny_config(config: PreTrainedConfig, layers: int, **sizes: int | None) -> P
     """A config of the same class and flags with small sizes."""
     total = config.num_hidden_layers
     data = keep_layers(config.to_dict(), list(range(layers)), total)
-    data = {k: v for k, v in data.items() if k not in ("quantization_config", "auto_map", "torch_dtype", "dtype", modeling.PER_LAYER)}
+    data = {
+        k: v
+        for k, v in data.items()
+        if k not in ("quantization_config", "auto_map", "torch_dtype", "dtype", modeling.PER_LAYER)
+    }
     heads, kv = getattr(config, HEADS, None), getattr(config, KV_HEADS, None)
     grouped = bool(kv) and kv != heads
     small: dict[str, Any] = {

@@ -128,9 +128,7 @@ def _put(scores: Scores, axis: str, layer: int, value: Tensor, num_layers: int) 
         scores.of[(layer, axis)] = value
 
 
-def make_group(
-    layout: Layout, axis: str, layer: int, weights: Mapping[str, Tensor], reduction: str = "sum"
-) -> Group | None:
+def make_group(layout: Layout, axis: str, layer: int, weights: Mapping[str, Tensor], reduction: str = "sum") -> Group | None:
     """The structures of one axis in one block; None where the block has none. weights: by name inside the block."""
     sizes = layout.sizes_at(layer)
     axes = (layout.parents[axis], axis) if axis in layout.parents else (axis,)

@@ -58,7 +58,9 @@ def forward_with_loss(stream: Stream, batches: Sequence[Batch], *, keep_inputs: 
             if rows:
                 gradients.append(torch.cat(rows))
     if not math.isfinite(total):
-        raise ModelError("the loss on the calibration text is not finite", fix="check the weights with pared verify, or try --dtype float32")
+        raise ModelError(
+            "the loss on the calibration text is not finite", fix="check the weights with pared verify, or try --dtype float32"
+        )
     return Backward(inputs, gradients, total / tokens, tokens)
 
 
@@ -97,7 +99,9 @@ def walk_back(
             found = WeightGradients()
             with around(i, block) if around else contextlib.nullcontext():
                 for b, hidden in enumerate(inputs):
-                    state.gradients[b] = _through_block(stream, block, i, hidden, state, b, parameters, found, squared, sequences)
+                    state.gradients[b] = _through_block(
+                        stream, block, i, hidden, state, b, parameters, found, squared, sequences
+                    )
                     inputs[b] = hidden.new_empty(0)
             for n, p in parameters.items():
                 p.requires_grad_(flags[n])

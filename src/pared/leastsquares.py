@@ -45,7 +45,12 @@ class Moments2:
 
     def plus(self, other: Moments2) -> Moments2:
         return Moments2(
-            self.count + other.count, self.aa + other.aa, self.ta + other.ta, self.a + other.a, self.t + other.t, self.tt + other.tt
+            self.count + other.count,
+            self.aa + other.aa,
+            self.ta + other.ta,
+            self.a + other.a,
+            self.t + other.t,
+            self.tt + other.tt,
         )
 
     def problem(self, *, centred: bool) -> Problem:
@@ -92,7 +97,9 @@ def cholesky(matrix: Tensor) -> Tensor:
     """Lower factor of a positive definite matrix; what rounding took below zero is lifted until it is."""
     lift, scale = 0.0, float(matrix.diagonal().mean())
     for _ in range(8):
-        factor, info = torch.linalg.cholesky_ex(matrix + lift * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device))
+        factor, info = torch.linalg.cholesky_ex(
+            matrix + lift * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        )
         if int(info) == 0:
             return factor
         lift = max(10 * lift, 1e-10 * max(scale, 1e-30))
@@ -112,7 +119,13 @@ def refit(problem: Problem, w: Tensor, kept: Tensor, damping: float = DAMPING) -
 
 
 def refit_guarded(
-    fit: Moments2, held: Moments2, w: Tensor, kept: Tensor, *, centred: bool, dampings: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
+    fit: Moments2,
+    held: Moments2,
+    w: Tensor,
+    kept: Tensor,
+    *,
+    centred: bool,
+    dampings: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0),
 ) -> tuple[Tensor, Tensor, float | None]:
     """The refit whose damping held-out tokens choose; the original weights where no refit does better on them.
 
@@ -142,7 +155,9 @@ def elimination_costs(c: Tensor, w: Tensor, blocks: Tensor, *, damping: float = 
     """
     units, width = blocks.shape
     n = len(c)
-    h = torch.cholesky_inverse(cholesky(c.double() + ridge(c.double(), damping) * torch.eye(n, dtype=torch.float64, device=c.device)))
+    h = torch.cholesky_inverse(
+        cholesky(c.double() + ridge(c.double(), damping) * torch.eye(n, dtype=torch.float64, device=c.device))
+    )
     v = w.double().clone()
     cost = torch.full((units,), float("inf"), dtype=torch.float64)
     alive = torch.arange(units)

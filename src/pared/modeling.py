@@ -79,7 +79,9 @@ def skeleton(config: PreTrainedConfig, per_layer: PerLayer | None = None, dtype:
         try:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
         except (*REJECTED, RuntimeError) as error:
-            raise ModelError(f"transformers can not build this model: {error}", where=f"model type {config.model_type!r}") from error
+            raise ModelError(
+                f"transformers can not build this model: {error}", where=f"model type {config.model_type!r}"
+            ) from error
         if per_layer:
             _, layers = blocks(model)
             for i, overrides in sorted(per_layer.items()):
@@ -100,7 +102,9 @@ def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     wanted = model.config.get_text_config().num_hidden_layers
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
     if not found:
-        raise ModelError(f"no list of {wanted} decoder blocks in {type(model).__name__}", fix="pared prunes decoder-only language models")
+        raise ModelError(
+            f"no list of {wanted} decoder blocks in {type(model).__name__}", fix="pared prunes decoder-only language models"
+        )
     return min(found, key=lambda item: item[0].count("."))
 
 
@@ -163,7 +167,11 @@ class Weights:
         missing = [] if converted else [n for n in state if n not in self.disk_names and n not in tied]
         where = self.checkpoint.path
         if missing:
-            raise ModelError(f"{len(missing)} tensors are missing, the first is {missing[0]}", where=where, fix="download the checkpoint again")
+            raise ModelError(
+                f"{len(missing)} tensors are missing, the first is {missing[0]}",
+                where=where,
+                fix="download the checkpoint again",
+            )
         if unexpected:
             raise ModelError(
                 f"{len(unexpected)} tensors do not belong to a {type(self.model).__name__}, the first is {unexpected[0]}",
@@ -271,7 +279,9 @@ def fill_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device
             model._init_weights(part)
 
 
-def load(path: str | Path | Checkpoint, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load(
+    path: str | Path | Checkpoint, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """Load a checkpoint, uniform or per-layer, as an ordinary PreTrainedModel.
 
     dtype: None keeps the checkpoint's. Raises ModelError for anything missing, unexpected or misshapen.
@@ -297,7 +307,9 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
         weight[t.dtype] = weight.get(t.dtype, 0) + t.nbytes
     name = max(weight, key=lambda k: weight[k])
     if name not in DTYPES:
-        raise ModelError(f"weights of dtype {name} can not be pruned", where=checkpoint.path, fix="use an unquantised checkpoint")
+        raise ModelError(
+            f"weights of dtype {name} can not be pruned", where=checkpoint.path, fix="use an unquantised checkpoint"
+        )
     return DTYPES[name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -44,7 +45,7 @@ def from_ranges(text: str) -> Tensor:
         if not first <= last < _MOST_UNITS:
             raise UsageError(f"{part!r} is not a range of indices", where="plan")
         out.extend(range(first, last + 1))
-    if any(b <= a for a, b in zip(out, out[1:], strict=False)):
+    if any(b <= a for a, b in itertools.pairwise(out)):
         raise UsageError("kept indices must ascend", where="plan")
     return torch.tensor(out, dtype=torch.long)
 

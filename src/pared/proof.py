@@ -74,8 +74,10 @@ def prove(found: Discovered) -> tuple[dict[str, str], dict[str, Proof]]:
 
 def prunable_axes(layout: Layout) -> list[str]:
     """The axes that pared knows how to remove units of and that this model has more than one unit of."""
-    inside = set().union(*(layout.tensors[n].axes for n in layout.block_tensors(0)), *(
-        layout.tensors[n].axes for n in layout.block_tensors(layout.num_layers - 1)))
+    inside = set().union(
+        *(layout.tensors[n].axes for n in layout.block_tensors(0)),
+        *(layout.tensors[n].axes for n in layout.block_tensors(layout.num_layers - 1)),
+    )
     sizes = layout.sizes_at(0)
     named = [a for a in ("kv", "query", *(k for k in layout.keys if k.endswith("ffn"))) if a in inside and sizes.get(a, 0) > 1]
     return [*named, "hidden", "layer"]
@@ -108,7 +110,10 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
             else:
                 p.normal_(1.0 if name.endswith("weight") else 0.0, 0.1)
     for name, b in model.named_buffers():
-        if b.is_floating_point() and name.rpartition(".")[2] not in model.get_submodule(name.rpartition(".")[0])._non_persistent_buffers_set:
+        if (
+            b.is_floating_point()
+            and name.rpartition(".")[2] not in model.get_submodule(name.rpartition(".")[0])._non_persistent_buffers_set
+        ):
             with torch.no_grad():
                 b.normal_(0, 0.1)
     model.tie_weights()

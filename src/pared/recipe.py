@@ -21,19 +21,29 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     remove: float = Field(default=0.2, description="share to remove, in (0, 1)")
-    of: Literal["params", "block-params", "flops", "kv-cache"] = Field(default="block-params", description="what the share is of")
-    structures: tuple[Structure, ...] | None = Field(default=None, description="what may be removed; by default heads and FFN channels")
-    criterion: str | None = Field(default=None, description="how importance is measured; by default the best that fits the structures")
+    of: Literal["params", "block-params", "flops", "kv-cache"] = Field(
+        default="block-params", description="what the share is of"
+    )
+    structures: tuple[Structure, ...] | None = Field(
+        default=None, description="what may be removed; by default heads and FFN channels"
+    )
+    criterion: str | None = Field(
+        default=None, description="how importance is measured; by default the best that fits the structures"
+    )
     reduction: Literal["sum", "mean", "max", "prod", "first", "last"] = Field(
         default="sum", description="how the parts of a structure in several tensors become one score"
     )
     shape: Literal["uniform", "per-layer"] = Field(default="uniform", description="equal sizes in all layers, or each its own")
-    allocate: Literal["uniform", "global"] | None = Field(default=None, description="by default uniform, and global for per-layer shapes")
+    allocate: Literal["uniform", "global"] | None = Field(
+        default=None, description="by default uniform, and global for per-layer shapes"
+    )
     compensate: Literal["none", "bias", "refit", "sequential"] = Field(
         default="sequential", description="how what stays is refitted to make up for what went"
     )
     reconstruct: int = Field(default=0, ge=0, description="steps of gradient descent on each block after its refit")
-    align: int | None = Field(default=None, ge=1, description="kept channels are a multiple of this; by default a fine power of two")
+    align: int | None = Field(
+        default=None, ge=1, description="kept channels are a multiple of this; by default a fine power of two"
+    )
     keep_first: int = Field(default=0, ge=0, description="layers at the start that are left alone")
     keep_last: int = Field(default=0, ge=0, description="layers at the end that are left alone")
     iterative_steps: int = Field(default=1, ge=1, description="remove in this many steps, measuring anew after each")

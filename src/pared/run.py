@@ -71,7 +71,9 @@ class Source:
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             if self.checkpoint is None:
-                raise UsageError("calibration from text needs a tokenizer", fix="pass tokenizer=, or calibration ids as a tensor")
+                raise UsageError(
+                    "calibration from text needs a tokenizer", fix="pass tokenizer=, or calibration ids as a tensor"
+                )
             try:
                 self.tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.path, config=self.config)
             except (OSError, ValueError) as error:
@@ -159,7 +161,13 @@ def calibrate(source: Source, recipe: Recipe, ids: torch.Tensor | None = None) -
     what: Any = ids if ids is not None else recipe.calibration
     tokenizer = cast(PreTrainedTokenizerBase, source.tokenizer) if ids is not None else source.get_tokenizer()
     return load_calibration(
-        what, tokenizer, samples=recipe.samples, seq_len=recipe.seq_len or DEFAULT_SEQ_LEN, seed=recipe.seed, sampler=sampler, max_positions=limit
+        what,
+        tokenizer,
+        samples=recipe.samples,
+        seq_len=recipe.seq_len or DEFAULT_SEQ_LEN,
+        seed=recipe.seed,
+        sampler=sampler,
+        max_positions=limit,
     )
 
 
@@ -180,10 +188,19 @@ def plan_pruning(
         stream = Stream(now.runnable, now.layout, dtype=compute_dtype(recipe), device=recipe.device)
         going = round(share * now.layout.num_layers) if "layer" in axes else 0
         scores = estimate(
-            stream, criterion, axes, batches, reduction=recipe.reduction, seed=recipe.seed, layers_to_remove=going + 1, progress=progress
+            stream,
+            criterion,
+            axes,
+            batches,
+            reduction=recipe.reduction,
+            seed=recipe.seed,
+            layers_to_remove=going + 1,
+            progress=progress,
         )
         budget = _budget(now, recipe, axes, share)
-        return make_plan(budget, scores, shape=recipe.shape, allocate=recipe.allocate or "uniform", provenance=provenance), scores
+        return make_plan(
+            budget, scores, shape=recipe.shape, allocate=recipe.allocate or "uniform", provenance=provenance
+        ), scores
 
     if recipe.iterative_steps == 1:
         return decide(source, recipe.remove)
@@ -219,7 +236,9 @@ def refit_blocks(
         return None
     stream = Stream(source.runnable, source.layout, dtype=compute_dtype(recipe), device=recipe.device)
     batches = (calibration or calibrate(source, recipe)).batches(recipe.batch)
-    return compensate(stream, plan, batches, mode=recipe.compensate, steps=recipe.reconstruct, seed=recipe.seed, progress=progress)
+    return compensate(
+        stream, plan, batches, mode=recipe.compensate, steps=recipe.reconstruct, seed=recipe.seed, progress=progress
+    )
 
 
 def _budget(source: Source, recipe: Recipe, axes: tuple[str, ...], share: float) -> Budget:

@@ -209,10 +209,7 @@ class Stream:
         hidden = self.embed(batches)
         for i in range(self.num_layers):
             with self.block(i) as block, torch.no_grad():
-                if visit is not None:
-                    hidden = visit(i, block, hidden)
-                else:
-                    hidden = [self.run(block, i, h) for h in hidden]
+                hidden = [self.run(block, i, h) for h in hidden] if visit is None else visit(i, block, hidden)
         return hidden
 
 
@@ -257,6 +254,7 @@ def observed(block: nn.Module, names: Sequence[str], observe: Observe) -> Iterat
         if weight.ndim == 3:
             stacked[name] = weight
         else:
+
             def hook(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
                 observe(name, args[0].detach().reshape(-1, args[0].shape[-1]), None)
 
@@ -280,8 +278,14 @@ class _ExpertInputs(TorchFunctionMode):
         self._observe = observe
         self._ranges = [(w.data_ptr(), w.stride(0) * w.element_size(), w.shape[0], name) for name, w in weights.items()]
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func in (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__) and isinstance(args[1], Tensor) and args[1].ndim == 2:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if (
+            func in (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+            and isinstance(args[1], Tensor)
+            and args[1].ndim == 2
+        ):
             at = args[1].data_ptr()
             for start, step, count, name in self._ranges:
                 if start <= at < start + step * count:

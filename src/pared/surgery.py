@@ -28,7 +28,11 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
     dense = [layout.layer_sizes[layer.source] for layer in plan.layers]
     shared = {"hidden": plan.sizes(None, layout)["hidden"]} if plan.hidden is not None else {}
     uniform = all(s == shapes[0] for s in shapes)
-    changes = resize(config, layout.keys, {**_changed(shapes[0], dense[0]), **shared}) if uniform else resize(config, layout.keys, shared)
+    changes = (
+        resize(config, layout.keys, {**_changed(shapes[0], dense[0]), **shared})
+        if uniform
+        else resize(config, layout.keys, shared)
+    )
     sources = [layer.source for layer in plan.layers]
     data = keep_layers(config.to_dict(), sources, layout.num_layers)
     data.pop(modeling.PER_LAYER, None)
@@ -144,9 +148,7 @@ def _norm_offset(norm: nn.Module) -> float:
         return 0.0 if bool((probe(torch.ones(1, p.numel())) == 0).all()) else 1.0
 
 
-def cut_model(
-    model: PreTrainedModel, layout: Layout, plan: Plan, refitted: Iterator[Any] | None = None
-) -> PreTrainedModel:
+def cut_model(model: PreTrainedModel, layout: Layout, plan: Plan, refitted: Iterator[Any] | None = None) -> PreTrainedModel:
     """The pruned model, made in memory; the given one is left as it is. refitted: as in run.write_pruned."""
     plan.check(layout)
     state = model.state_dict()
@@ -189,7 +191,9 @@ def fill(model: PreTrainedModel, state: Mapping[str, Tensor], *, frozen: bool = 
         module = model.get_submodule(owner)
         if leaf in module._parameters:
             grad = tensor.is_floating_point() and not frozen
-            module._parameters[leaf] = nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format), requires_grad=grad)
+            module._parameters[leaf] = nn.Parameter(
+                tensor.detach().clone(memory_format=torch.contiguous_format), requires_grad=grad
+            )
         else:
             module._buffers[leaf] = tensor.clone()
     model.tie_weights()

@@ -56,7 +56,12 @@ def batches(size: int, *, pad: str | None = "right", documents: list[Tensor] | N
 
 
 def score(
-    source: PreTrainedModel | Path, name: str, given: Sequence[Batch], *, axes: Sequence[str] | None = None, reduction: str = "sum"
+    source: PreTrainedModel | Path,
+    name: str,
+    given: Sequence[Batch],
+    *,
+    axes: Sequence[str] | None = None,
+    reduction: str = "sum",
 ) -> Scores:
     criterion = get_criterion(name)
     model = source if isinstance(source, PreTrainedModel) else Checkpoint.open(source)
@@ -133,7 +138,9 @@ class TestEveryCriterion:
         structures = ("layer",) if axes == ("layer",) else ("kv", "query", "ffn")
         shape = "uniform" if axes == ("layer",) else "per-layer"
         plans = [
-            tiny.cut(tiny.model("llama"), criterion=name, structures=structures, shape=shape, remove=0.3, seed=seed, dry_run=True).plan
+            tiny.cut(
+                tiny.model("llama"), criterion=name, structures=structures, shape=shape, remove=0.3, seed=seed, dry_run=True
+            ).plan
             for seed in (1, 1, 2)
         ]
         assert plans[0] == plans[1]

@@ -25,7 +25,9 @@ class Amount:
             raise UsageError(f"can not remove a share of {self.of!r}", where="--of", fix=f"one of {', '.join(AMOUNTS)}")
         if not isinstance(self.remove, int | float) or not math.isfinite(self.remove) or not 0 < self.remove < 1:
             raise UsageError(
-                f"the share to remove must lie between 0 and 1, and is {self.remove}", where="--remove", fix="for a fifth: --remove 0.2"
+                f"the share to remove must lie between 0 and 1, and is {self.remove}",
+                where="--remove",
+                fix="for a fifth: --remove 0.2",
             )
 
 
@@ -51,35 +53,38 @@ class Budget:
     _blocks: dict[tuple[object, ...], int] = field(default_factory=dict, init=False)
     _outside: dict[int | None, int] = field(default_factory=dict, init=False)
     _kinds: list[int] = field(init=False)
+    _names: list[list[str]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.before = self.count()
         self.target = self.amount.remove * self.before.amount(self.amount.of)
         seen: dict[tuple[object, ...], int] = {}
         tensors = self.layout.tensors
+        self._names = [self.layout.block_tensors(i) for i in range(self.layout.num_layers)]
         self._kinds = [
-            seen.setdefault(tuple((self.layout.local(n), tensors[n].text) for n in self.layout.block_tensors(i)), i)
-            for i in range(self.layout.num_layers)
+            seen.setdefault(tuple((self.layout.local(n), tensors[n].text) for n in names), i)
+            for i, names in enumerate(self._names)
         ]
         if self.amount.of == "kv-cache" and self.before.kv_cache == 0:
             raise UsageError("this model has no key-value cache to shrink", where="--of kv-cache")
 
     def count(self, layers: Sequence[tuple[int, Mapping[str, int]]] | None = None, hidden: int | None = None) -> Account:
-        return account(
-            self.layout, layers, hidden=hidden, context=self.context, experts_used=self.experts_used
-        )
+        return account(self.layout, layers, hidden=hidden, context=self.context, experts_used=self.experts_used)
 
     def block_amount(self, layer: int, sizes: Mapping[str, int], hidden: int | None = None) -> int:
         """The amount that one block holds under given sizes (those not named are as they are)."""
         full = {**self.layout.sizes_at(layer), **sizes, **({} if hidden is None else {"hidden": hidden})}
         key = (self._kinds[layer], tuple(sorted(full.items())))
         if key not in self._blocks:
-            params, flops = block_count(self.layout, layer, full, context=self.context, experts_used=self.experts_used)
+            names = self._names[layer]
+            params, flops = block_count(
+                self.layout, layer, full, context=self.context, experts_used=self.experts_used, names=names
+            )
             self._blocks[key] = {
                 "params": params,
                 "block-params": params,
                 "flops": flops,
-                "kv-cache": cache_entries(self.layout, layer, full),
+                "kv-cache": cache_entries(self.layout, layer, full, names),
             }[self.amount.of]
         return self._blocks[key]
 

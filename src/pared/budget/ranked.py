@@ -19,12 +19,7 @@ def allocate_ranked(budget: Budget, scores: Scores) -> dict[int, Sizes]:
     """
     layout = budget.layout
     sizes = {i: {a: layout.sizes_at(i)[a] for a in budget.axes if (i, a) in scores.of} for i in range(layout.num_layers)}
-    ladders = {
-        (i, a): _steps(budget, scores, i, a)
-        for i, own in sizes.items()
-        if i not in budget.protected
-        for a in own
-    }
+    ladders = {(i, a): _steps(budget, scores, i, a) for i, own in sizes.items() if i not in budget.protected for a in own}
     at = dict.fromkeys(ladders, 0)
     heap: list[tuple[float, int, str, int]] = []
     price: dict[tuple[int, str], float] = {}
@@ -86,7 +81,11 @@ def standardise(value: Tensor) -> Tensor:
 
 
 def _give_back(
-    budget: Budget, sizes: dict[int, Sizes], ladders: dict[tuple[int, str], list[tuple[float, int]]], at: dict[tuple[int, str], int], removed: int
+    budget: Budget,
+    sizes: dict[int, Sizes],
+    ladders: dict[tuple[int, str], list[tuple[float, int]]],
+    at: dict[tuple[int, str], int],
+    removed: int,
 ) -> None:
     """Undo the dearest steps that the budget did not need (the last coarse step may have overshot by many small ones)."""
     undone = True

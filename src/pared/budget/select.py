@@ -39,7 +39,9 @@ def make_plan(
         )
     if allocate == "global":
         if shape == "uniform":
-            raise UsageError("global allocation gives every layer its own size", where="--shape uniform", fix="--shape per-layer")
+            raise UsageError(
+                "global allocation gives every layer its own size", where="--shape uniform", fix="--shape per-layer"
+            )
         if odd := [a for a in budget.axes if a in ("layer", "hidden")]:
             raise UsageError(f"global allocation ranks units inside layers, not {odd[0]}", fix="--allocate uniform")
         return _plan(budget, scores, allocate_ranked(budget, scores), list(range(layout.num_layers)), None, shape, provenance)

@@ -17,7 +17,7 @@ from pared.errors import UsageError
 # What it costs, as imbalance, to be written as another model type: a few per cent more of one kind of structure.
 OTHER_TYPE = 0.02
 # Combinations of coarse sizes: some seconds for a model of 80 layers.
-MOST_TRIED = 20_000
+MOST_TRIED = 1024
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,9 @@ class Moments:
     @classmethod
     def zeros(cls, n: int, experts: int | None = None) -> Moments:
         shape = (n,) if experts is None else (experts, n)
-        return cls(torch.zeros((*shape[:-1], 1), dtype=torch.float64), *(torch.zeros(shape, dtype=torch.float64) for _ in range(3)))
+        return cls(
+            torch.zeros((*shape[:-1], 1), dtype=torch.float64), *(torch.zeros(shape, dtype=torch.float64) for _ in range(3))
+        )
 
     def add(self, x: Tensor, expert: int | None = None) -> None:
         """Add tokens: x [tokens, n]."""

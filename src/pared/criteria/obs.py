@@ -30,7 +30,9 @@ def _costs(group: Group, stats: Stats, *, fisher: bool) -> Tensor:
     for name, dim in group.inputs.items():
         if group.weights[name].ndim != 2:
             raise UsageError(
-                f"second-order selection does not score {group.axis} inside experts", where="--criterion", fix="--criterion taylor"
+                f"second-order selection does not score {group.axis} inside experts",
+                where="--criterion",
+                fix="--criterion taylor",
             )
         w = group.weights[name].double()
         w = w if dim == 1 else w.T

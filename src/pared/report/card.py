@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pared.plan import Plan
 
-_UNIFORM = '''```python
+_UNIFORM = """```python
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 ```
-'''
-_PER_LAYER = '''The layers differ in size (`per_layer_config` in config.json). A stock `AutoModelForCausalLM.from_pretrained`
+"""
+_PER_LAYER = """The layers differ in size (`per_layer_config` in config.json). A stock `AutoModelForCausalLM.from_pretrained`
 refuses this checkpoint, because most of its models build all layers alike. Load it with pared:
 
 ```python
 import pared
 model = pared.load("path/to/this/directory")   # an ordinary PreTrainedModel
 ```
-'''
+"""
 
 
 def model_card(plan: Plan, base: str, *, per_layer: bool) -> str:
@@ -31,7 +31,9 @@ def model_card(plan: Plan, base: str, *, per_layer: bool) -> str:
     ]
     table = "\n".join(f"| {name} | {a:,} | {b:,} | {1 - b / a if a else 0:.1%} |" for name, a, b in rows)
     recipe = plan.provenance.get("recipe", {})
-    how = ", ".join(f"{k} {recipe[k]}" for k in ("criterion", "shape", "allocate", "calibration", "samples") if recipe.get(k) is not None)
+    how = ", ".join(
+        f"{k} {recipe[k]}" for k in ("criterion", "shape", "allocate", "calibration", "samples") if recipe.get(k) is not None
+    )
     versions = ", ".join(f"{k} {v}" for k, v in plan.provenance.get("versions", {}).items())
     return f"""---
 base_model: {base}

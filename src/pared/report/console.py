@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 # Cells of a table that goes to a file or a pipe should not be cut at the 80 columns that are assumed there.
 _WIDTH = 160
@@ -55,8 +55,9 @@ class Reporter:
         console = err()
         self._bars: Progress | None = None
         if console.is_terminal:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            self._bars = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, refresh_per_second=4)
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            # Redrawn when there is news, not by a thread: one more beside torch's own can cost a busy machine dearly.
+            self._bars = Progress(*columns, console=console, transient=True, auto_refresh=False)
         self._tasks: dict[str, TaskID] = {}
         self._started = time.monotonic()
         self._due = self._started + _FIRST_LOG
@@ -65,6 +66,7 @@ class Reporter:
         if self._bars is not None:
             self._bars.start()
             self._tasks[""] = self._bars.add_task("preparing", total=None)
+            self._bars.refresh()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -84,3 +86,4 @@ class Reporter:
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=total)
         self._bars.update(self._tasks[stage], completed=done, total=total)
+        self._bars.refresh()
