@@ -1,0 +1,117 @@
+"""Compensation: what stays is refitted block by block, and it helps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests import tiny
+from torch import Tensor
+
+import pared
+import pared.calibration
+from pared.errors import UsageError
+from pared.evaluate.perplexity import Windows, logits_of, measure
+
+FAMILIES = ["llama", "llama-biases", "gemma2", "phi3", "gpt2", "gpt_neox", "olmo2", "mixtral"]
+
+
+def ids(n: int = 24, length: int = 16, seed: int = 0) -> Tensor:
+    return torch.randint(3, tiny.VOCAB, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+def pruned(model: Any, **settings: Any) -> Any:
+    return pared.prune(model, **{"calibration": ids(), "remove": 0.2, "align": 1, "batch": 4, **settings})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["refit", "sequential"])
+def test_a_checkpoint_and_a_live_model_give_the_same_bits(family: str, mode: str, tmp_path: Path) -> None:
+    model = tiny.model(family)
+    model.save_pretrained(tmp_path / "dense")
+    live = pruned(model, compensate=mode).model.state_dict()
+    pruned(tmp_path / "dense", compensate=mode, out=tmp_path / "out")
+    written = pared.load(tmp_path / "out").state_dict()
+    assert live.keys() == written.keys() and all(torch.equal(live[n], written[n]) for n in live)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3"])
+def test_only_consumers_change_and_none_of_them_is_cut_otherwise(family: str) -> None:
+    model = tiny.model(family)
+    plain = pruned(model, compensate="none", criterion="wanda_sp").model.state_dict()
+    fitted = pruned(model, compensate="sequential", criterion="wanda_sp").model.state_dict()
+    changed = {n for n in plain if not torch.equal(plain[n], fitted[n])}
+    assert changed and all(("o_proj" in n or "down_proj" in n or "c_proj" in n or "4h_to_h" in n) for n in changed)
+
+
+@pytest.fixture(scope="module")
+def stories(storyteller: Path) -> tuple[Any, Tensor, Windows]:
+    """The shipped model, calibration text and test text that it wrote itself."""
+    from transformers import AutoTokenizer
+
+    from pared.calibration import sample_from_model
+
+    model = pared.load(storyteller, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(storyteller)
+    calibration, test = (sample_from_model(model, tokenizer, n, 128, seed) for n, seed in ((48, 0), (16, 1)))
+    return model, calibration, Windows(test, torch.ones(len(test), dtype=torch.int64), None, len(test), test.numel())
+
+
+def kl(stories: tuple[Any, Tensor, Windows], **settings: Any) -> float:
+    model, calibration, test = stories
+    result = pared.prune(model, remove=0.3, calibration=calibration, align=1, **settings).model
+    return measure(logits_of(result), test, against=logits_of(model)).kl or 0.0
+
+
+def test_on_a_trained_model_each_ingredient_helps(stories: tuple[Any, Tensor, Windows]) -> None:
+    random = kl(stories, criterion="random", compensate="none")
+    wanda = kl(stories, criterion="wanda_sp", compensate="none")
+    refitted = kl(stories, criterion="wanda_sp", compensate="sequential")
+    default = kl(stories)
+    reconstructed = kl(stories, reconstruct=20)
+    assert reconstructed < default < wanda < random
+    assert refitted < wanda
+
+
+def test_a_plan_that_keeps_everything_needs_no_refit(stories: tuple[Any, Tensor, Windows]) -> None:
+    from pared.compensate import compensate
+    from pared.run import Source, make_recipe, plan_pruning
+    from pared.stream import Stream
+
+    model, calibration, _ = stories
+    source = Source.open(model)
+    plan, _ = plan_pruning(source, make_recipe(remove=0.2, criterion="l2", compensate="none"))
+    whole = plan.model_copy(update={"layers": [p.model_copy(update={"keep": {}}) for p in plan.layers]})
+    batches = [pared.calibration.Batch(calibration[:8], None)]
+    assert all(not block.tensors for block in compensate(Stream(model, source.layout), whole, batches))
+
+
+def test_a_bias_correction_needs_a_bias() -> None:
+    with pytest.raises(UsageError, match="no bias"):
+        pruned(tiny.model("llama"), compensate="bias")
+    changed = pruned(tiny.model("gpt2"), compensate="bias", criterion="wanda_sp").model.state_dict()
+    plain = pruned(tiny.model("gpt2"), compensate="none", criterion="wanda_sp").model.state_dict()
+    assert {n.rpartition(".")[2] for n in plain if not torch.equal(plain[n], changed[n])} == {"bias"}
+
+
+def test_reconstruction_wants_the_pruned_stream() -> None:
+    with pytest.raises(UsageError, match="pruned stream"):
+        pruned(tiny.model("llama"), compensate="refit", reconstruct=5)
+
+
+def test_reconstruction_never_leaves_a_block_worse_on_what_it_did_not_see() -> None:
+    from pared.reconstruct import reconstruct
+
+    torch.manual_seed(0)
+    dense, small = torch.nn.Linear(12, 12), torch.nn.Linear(12, 12)
+    inputs = [torch.randn(4, 6, 12) for _ in range(9)]
+    before, after = reconstruct(small, lambda m, h: m(h), inputs, [dense(h).detach() for h in inputs], steps=80, seed=0)
+    assert after < 0.5 * before
+    noise = [torch.randn(4, 6, 12) for _ in inputs]
+    same = {n: p.clone() for n, p in small.state_dict().items()}
+    before, after = reconstruct(small, lambda m, h: m(h), inputs, [small(h).detach() for h in inputs], steps=5, seed=0)
+    assert after == before == 0 and all(torch.equal(p, same[n]) for n, p in small.state_dict().items())
+    before, after = reconstruct(small, lambda m, h: m(h), inputs, noise, steps=5, seed=0)
+    assert after <= before

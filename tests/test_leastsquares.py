@@ -1,0 +1,118 @@
+"""The refit is the optimum, and what removal is said to cost is what it costs."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from pared.leastsquares import Moments2, cholesky, elimination_costs, refit, refit_guarded
+
+
+def correlated(tokens: int, n: int, seed: int = 0) -> Tensor:
+    """Inputs whose channels depend on each other, so that a refit has something to do."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n, n, generator=g) / n**0.5 + torch.eye(n)
+    return torch.randn(tokens, n, generator=g) @ mix + 0.5
+
+
+def moments(a: Tensor, t: Tensor) -> Moments2:
+    out = Moments2.zeros(a.shape[1], t.shape[1])
+    out.add(a, t)
+    return out
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_refit_is_what_lstsq_finds_and_any_other_weights_are_worse(centred: bool) -> None:
+    a, w = correlated(400, 10), torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
+    t, kept = a @ w.T, torch.tensor([0, 2, 3, 7, 9])
+    problem = moments(a, t).problem(centred=centred)
+    new = refit(problem, w, kept, damping=1e-9)
+    inputs = a[:, kept].double()
+    if centred:
+        inputs = torch.cat([inputs, torch.ones(len(a), 1, dtype=torch.float64)], 1)
+    best = torch.linalg.lstsq(inputs, t.double()).solution.T
+    assert torch.allclose(new, best[:, : len(kept)], atol=1e-4)
+    least = problem.error(new, kept)
+    realised = ((t - a[:, kept] @ new.float().T - problem.bias(new, kept).float()) ** 2).sum(1).mean()
+    assert least == pytest.approx(float(realised), rel=1e-3)
+    for seed in range(20):
+        step = 1e-3 * torch.randn(new.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        assert problem.error(new + step, kept) > least
+
+
+def test_keeping_everything_changes_nothing() -> None:
+    a, w = correlated(200, 8), torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    new = refit(moments(a, a @ w.T).problem(centred=False), w, torch.arange(8))
+    assert torch.allclose(new.float(), w, atol=1e-3)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_the_first_cost_is_the_error_that_the_best_refit_leaves(width: int) -> None:
+    a, w = correlated(500, 8), torch.randn(4, 8, generator=torch.Generator().manual_seed(2))
+    problem = moments(a, a @ w.T).problem(centred=False)
+    blocks = torch.arange(8).reshape(-1, width)
+    costs = elimination_costs(problem.c, w, blocks, damping=1e-12, rounds=1000)
+    first = int(costs.argmin())
+    errors = []
+    for block in blocks:
+        kept = torch.tensor([i for i in range(8) if i not in block])
+        errors.append(problem.error(refit(problem, w, kept, 1e-12), kept))
+    assert first == min(range(len(errors)), key=errors.__getitem__)
+    assert float(costs[first]) == pytest.approx(errors[first], rel=1e-3)
+
+
+def test_down_dated_costs_add_up_to_the_error_of_the_whole_removal() -> None:
+    a, w = correlated(500, 8, seed=3), torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
+    problem = moments(a, a @ w.T).problem(centred=False)
+    costs = elimination_costs(problem.c, w, torch.arange(8)[:, None], damping=1e-12, rounds=1000)
+    order = costs.argsort()
+    for gone in range(1, 5):
+        kept = order[gone:].sort().values
+        whole = problem.error(refit(problem, w, kept, 1e-12), kept)
+        # Costs are made to ascend, so their sum may only be above; here they ascend of themselves.
+        assert float(costs[order[:gone]].sum()) == pytest.approx(whole, rel=2e-2)
+
+
+def test_independent_channels_go_in_the_order_that_brute_force_finds() -> None:
+    c = torch.diag(torch.tensor([1.0, 4.0, 0.5, 2.0, 3.0, 0.1]))
+    w = torch.randn(3, 6, generator=torch.Generator().manual_seed(4))
+    costs = elimination_costs(c, w, torch.arange(6)[:, None], damping=1e-12, rounds=1000)
+    alone = c.diagonal() * w.square().sum(0)
+    for gone in range(1, 5):
+        best = min(itertools.combinations(range(6), gone), key=lambda s: float(alone[list(s)].sum()))
+        assert set(costs.argsort()[:gone].tolist()) == set(best)
+
+
+def test_rounds_and_single_steps_agree_where_channels_are_independent() -> None:
+    c, w = torch.diag(torch.rand(40) + 0.1), torch.randn(5, 40)
+    blocks = torch.arange(40)[:, None]
+    assert torch.equal(
+        elimination_costs(c, w, blocks, rounds=4).argsort(), elimination_costs(c, w, blocks, rounds=1000).argsort()
+    )
+
+
+def test_the_guard_never_takes_weights_that_are_worse_on_held_out_tokens() -> None:
+    w = torch.randn(4, 12, generator=torch.Generator().manual_seed(5))
+    kept = torch.arange(8)
+    for seed in range(10):
+        # Far too few tokens to fit on: a refit follows their noise.
+        g = torch.Generator().manual_seed(seed)
+        a, held = correlated(6, 12, seed), correlated(300, 12, seed + 100)
+        noise = torch.randn(6, 4, generator=g)
+        fit, check = moments(a, a @ w.T + 3 * noise), moments(held, held @ w.T)
+        new, _, damping = refit_guarded(fit, check, w, kept, centred=False)
+        if damping is None:
+            assert torch.equal(new, w.double()[:, kept])
+        else:
+            problem = check.problem(centred=False)
+            chosen = refit(fit.problem(centred=False), w, kept, damping)
+            assert problem.error(chosen, kept) < problem.error(w.double()[:, kept], kept)
+
+
+def test_a_singular_matrix_is_lifted_and_still_solved() -> None:
+    a = torch.randn(3, 6, generator=torch.Generator().manual_seed(6))
+    factor = cholesky((a.T @ a).double())
+    assert torch.isfinite(factor).all() and torch.allclose(factor @ factor.T, (a.T @ a).double(), atol=1e-6)
