@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Signature:
     def __str__(self) -> str:
         return self.text
 
-    @property
+    @cached_property
     def axes(self) -> frozenset[str]:
         return frozenset().union(*(names(d) for d in self.dims))
 

@@ -188,7 +188,7 @@ def tiny_config(config: PreTrainedConfig, layers: int, **sizes: int | None) -> P
         "head_dim": 16,
     }
     if kv:
-        small[raw_key(config, KV_HEADS)] = min(4, kv)
+        small[raw_key(config, KV_HEADS)] = min(4, kv) if kv == 1 else 4
     small.update({k: None for k in data if k.endswith("_token_id")})
     for key in AXIS_OF_KEY:
         if isinstance(value := data.get(key), int):

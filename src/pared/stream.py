@@ -74,9 +74,6 @@ class Stream:
             config, per_layer = modeling.make_config(source.config)
             self.model = modeling.skeleton(config, per_layer, dtype=dtype or modeling.checkpoint_dtype(source))
             self.weights = modeling.Weights(source, self.model)
-        # Experts run as a plain loop, where the input of every expert's matrices can be observed.
-        for config in _configs(self.model):
-            config._experts_implementation = "eager"
         self._layers = modeling.blocks(self.model)[1]
         self._calls: dict[tuple[int, ...], list[Calls]] = {}
         self._tuples = False  # whether blocks return a tuple: what a stand-in has to return too
@@ -94,7 +91,8 @@ class Stream:
         if self.weights is None:
             training = block.training
             try:
-                yield block.eval()
+                with _plain_experts(self.model):
+                    yield block.eval()
             finally:
                 block.train(training)
             return
@@ -102,7 +100,8 @@ class Stream:
         self.weights.load(names, self.dtype, self.device)
         modeling.fill_buffers(self.model, block, self.device)
         try:
-            yield block
+            with _plain_experts(self.model):
+                yield block
         finally:
             self.weights.unload(names)
             for p in block.parameters():
@@ -230,6 +229,20 @@ def unpadded(batches: Sequence[Batch]) -> list[Batch]:
                 by_length.setdefault(len(row), []).append(row)
         out.extend(Batch(torch.stack(rows), None) for _, rows in sorted(by_length.items()))
     return out
+
+
+@contextlib.contextmanager
+def _plain_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Have experts run as a plain loop, where the input of every expert's matrices can be observed."""
+    configs = _configs(model)
+    before = [c._experts_implementation for c in configs]
+    for config in configs:
+        config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config._experts_implementation = own
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

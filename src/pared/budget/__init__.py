@@ -54,10 +54,13 @@ class Budget:
     _outside: dict[int | None, int] = field(default_factory=dict, init=False)
     _kinds: list[int] = field(init=False)
     _names: list[list[str]] = field(init=False)
+    _stacked: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.before = self.count()
         self.target = self.amount.remove * self.before.amount(self.amount.of)
+        stacks = (s for n, s in self.layout.tensors.items() if len(self.layout.shapes[n]) == 3)
+        self._stacked = frozenset().union(*(s.axes for s in stacks))
         seen: dict[tuple[object, ...], int] = {}
         tensors = self.layout.tensors
         self._names = [self.layout.block_tensors(i) for i in range(self.layout.num_layers)]
@@ -119,8 +122,7 @@ class Budget:
 
     def grain(self, axis: str) -> int:
         """The multiple below which the pruned model would not run: grouped products of experts want rows of 16 bytes."""
-        stacked = any(axis in s.axes and len(self.layout.shapes[n]) == 3 for n, s in self.layout.tensors.items())
-        return 8 if stacked and axis not in ("kv", "query") else 1
+        return 8 if axis in self._stacked and axis not in ("kv", "query") else 1
 
     def unreachable(self, most: float) -> UsageError:
         """The error for an amount that these axes can not give; most: the largest share that they can."""

@@ -139,7 +139,7 @@ def _fill(budget: Budget, coarse: dict[str, int], alike: list[tuple[int, int]]) 
 
 def _ladder(n: int, step: int) -> list[int]:
     """Sizes that an axis may shrink to, widest first."""
-    return [n, *(m for m in range(n - 1, 0, -1) if m % step == 0)]
+    return [n, *range((n - 1) // step * step, 0, -step)]
 
 
 def _imbalance(budget: Budget, shape: Shape) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,11 @@ from pared.axes import count
 from pared.budget import Amount, Budget
 from pared.budget.uniform import Shape, allocate_uniform, layers_under
 from pared.checkpoint import Checkpoint, read_config
-from pared.errors import MissingError, ModelError, ParedError, UsageError
-from pared.plan import LayerPlan, Plan, to_ranges
+from pared.errors import MissingError, ModelError, UsageError
+from pared.plan import to_ranges
 from pared.proof import proved_layout
 from pared.structure import Layout
-from pared.surgery import target_config
+from pared.surgery import written_as
 
 SHARES = (0.1, 0.2, 0.3, 0.5)
 
@@ -195,27 +196,8 @@ def _expressible(model: Described, axis: str) -> dict[str, str]:
 
 def _written_as(model: Described, axis: str, n: int) -> str:
     """The model type whose config says n units of an axis in every layer, "per-layer" where none does."""
-    try:
-        target, per_layer = target_config(model.layout, model.config, _first_units(model.layout, axis, n))
-    except ParedError:
-        return "per-layer"
-    return "per-layer" if per_layer else target.model_type
-
-
-def _first_units(layout: Layout, axis: str, n: int) -> Plan:
-    """A plan that keeps the first n units of an axis everywhere: it stands for all plans of these sizes."""
-    text = to_ranges(range(n))
-    layers = [LayerPlan(source=i) for i in range(n if axis == "layer" else layout.num_layers)]
-    if axis != "layer" and all(s == layout.layer_sizes[0] for s in layout.layer_sizes):
-        layers = layers[:1]  # layers of one size are all alike to a config
-    parent = layout.parents.get(axis)
-    for layer in layers:
-        sizes = layout.layer_sizes[layer.source]
-        if sizes.get(axis, 0) > n:
-            layer.keep[axis] = text if parent is None else [text] * sizes[parent]
-    nothing = Account(params=0, block_params=0, flops=0, kv_cache=0, context=1, layers=0)
-    hidden = text if axis == "hidden" else None
-    return Plan(model_type=layout.model_type, before=nothing, after=nothing, hidden=hidden, layers=layers)
+    sizes = {} if axis in ("hidden", "layer") else {axis: n}
+    return written_as(model.layout, model.config, sizes, n if axis == "hidden" else None) or "per-layer"
 
 
 def _predict(
@@ -225,7 +207,8 @@ def _predict(
     row: dict[str, Any] = {"remove": share, "of": "block-params"}
     if not axes:
         return {**row, "reason": "out of reach: nothing is proved to be removable"}
-    budget = Budget(model.layout, Amount(share), axes, align=align, experts_used=model.experts_used)
+    writable = functools.partial(written_as, model.layout, model.config)
+    budget = Budget(model.layout, Amount(share), axes, align=align, experts_used=model.experts_used, written_as=writable)
     try:
         shape = allocate_uniform(budget)
     except UsageError as error:
@@ -237,6 +220,7 @@ def _predict(
         "bytes": nbytes - (before.params - after.params) * model.dtype.itemsize,
         **_counts(after, model.dtype),
         "sizes": shape.sizes,
+        "written_as": writable(shape.sizes, shape.hidden),
     }
 
 

@@ -147,7 +147,8 @@ def inspection(report: Mapping[str, Any]) -> Iterator[RenderableType]:
                 nbytes(p["bytes"]),
                 f"{p['macs_per_token']:,}",
                 nbytes(p["kv_cache_bytes_per_token"]),
-                ", ".join(f"{a} {n}" for a, n in p["sizes"].items()),
+                ", ".join(f"{a} {n}" for a, n in p["sizes"].items())
+                + ("" if p["written_as"] == report["model_type"] else f", as {p['written_as']}"),
             )
         )
     what = ", ".join(report["removes"]) or "nothing"
