@@ -16,7 +16,7 @@ from pared.axes import Selection, take, zero_
 from pared.errors import ModelError
 from pared.families import STAND_INS
 from pared.plan import Plan
-from pared.structure import LAYERS, Layout, keep_layers, resize
+from pared.structure import LAYERS, Layout, keep_layers, resize, sizes_of
 
 
 def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple[PreTrainedConfig, modeling.PerLayer]:
@@ -25,28 +25,27 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
     Raises ModelError where the family's config, or that of a family with the same block, can not say it.
     """
     shapes = [{a: n for a, n in plan.sizes(i, layout).items() if a in layout.layer_sizes[0]} for i in range(len(plan.layers))]
-    dense = [layout.layer_sizes[layer.source] for layer in plan.layers]
     shared = {"hidden": plan.sizes(None, layout)["hidden"]} if plan.hidden is not None else {}
-    uniform = all(s == shapes[0] for s in shapes)
-    changes = (
-        resize(config, layout.keys, {**_changed(shapes[0], dense[0]), **shared})
-        if uniform
-        else resize(config, layout.keys, shared)
-    )
     sources = [layer.source for layer in plan.layers]
     data = keep_layers(config.to_dict(), sources, layout.num_layers)
     data.pop(modeling.PER_LAYER, None)
     data[config.attribute_map.get(LAYERS, LAYERS)] = len(sources)
-    target = _build(config, {**data, **changes})
-    if uniform:
-        return target, {}
+    if all(s == shapes[0] for s in shapes):
+        # The layers' own sizes say what a config leaves open; where it says a size, that is what may have to change.
+        said = {**layout.layer_sizes[sources[0]], **sizes_of(config, layout.keys)}
+        try:
+            changes = resize(config, layout.keys, {**_changed(shapes[0], said), **shared})
+            return _build(config, {**data, **changes}), {}
+        except ModelError:
+            if plan.shape == "uniform":
+                raise
     base = {k: getattr(config, k, None) for k in resize(config, layout.keys, shapes[0])}
     overrides = {}
     for i, sizes in enumerate(shapes):
         own = {k: v for k, v in resize(config, layout.keys, sizes).items() if v != base[k]}
         if own:
             overrides[i] = own
-    return target, overrides
+    return _build(config, {**data, **resize(config, layout.keys, shared)}), overrides
 
 
 def written_as(layout: Layout, config: PreTrainedConfig, sizes: Mapping[str, int], hidden: int | None) -> str | None:
