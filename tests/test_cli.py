@@ -241,8 +241,12 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 def slow_run(out: Path, storyteller: Path, **streams: Any) -> subprocess.Popen[bytes]:
     """A run that takes minutes if nothing ends it."""
     how = ["--criterion", "taylor-mixed", "--samples", "512", "--seq-len", "512", "--batch", "1"]
+    # A background job of a shell that is not interactive ignores SIGINT, and its children do too unless told otherwise.
     return subprocess.Popen(
-        [sys.executable, "-m", "pared", "prune", str(storyteller), "-o", str(out), *how], env=ENVIRONMENT, **streams
+        [sys.executable, "-m", "pared", "prune", str(storyteller), "-o", str(out), *how],
+        env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+        **streams,
     )
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests import tiny
 from torch import Tensor
 
 import pared
 import pared.calibration
+import tiny
 from pared.errors import UsageError
 from pared.evaluate.perplexity import Windows, logits_of, measure
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import pared
+import tiny
 from pared.checkpoint import Checkpoint
 from pared.errors import ModelError
 from pared.modeling import PER_LAYER, blocks, expected_tensors, make_config, skeleton
@@ -76,7 +76,7 @@ def test_unlike_layers_are_saved_by_transformers_and_loaded_again(family: str, t
     assert json.loads((tmp_path / "one" / "config.json").read_text())[PER_LAYER]
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    with pytest.raises(Exception):  # noqa: B017, PT011  (stock transformers must not build it as if layers were alike)
+    with pytest.raises(Exception):  # noqa: B017  (stock transformers must not build it as if layers were alike)
         AutoModelForCausalLM.from_pretrained(tmp_path / "one")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 import tiny
 from pared.calibration import Batch
@@ -65,7 +65,7 @@ def score(
 ) -> Scores:
     criterion = get_criterion(name)
     model = source if isinstance(source, PreTrainedModel) else Checkpoint.open(source)
-    config = source.config if isinstance(source, PreTrainedModel) else tiny.AutoConfig.from_pretrained(source)
+    config = source.config if isinstance(source, PreTrainedModel) else AutoConfig.from_pretrained(source)
     stream = Stream(model, proved_layout(config))
     axes = axes or axes_of(criterion, config.model_type)
     return estimate(stream, criterion, axes, given, reduction=reduction, seed=5, layers_to_remove=2)
