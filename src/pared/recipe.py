@@ -52,7 +52,7 @@ class Recipe(BaseModel):
     seq_len: int | None = Field(default=None, description="tokens in a window; by default 512, or what the model can take")
     batch: int = Field(default=8, ge=1, description="windows that run together")
     context: int = Field(default=1024, ge=1, description="tokens that flops are counted at")
-    seed: int = 0
+    seed: int = Field(default=0, description="of calibration windows, sampled text and random choices")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="what to compute in")
     device: str = Field(default="cpu", description="where to compute")
 
@@ -98,7 +98,7 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
         raise UsageError(
             f"no recipe {str(name)!r}", fix=f"did you mean {near[0]!r}?" if near else "pared ls recipes lists those that ship"
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError("the recipe is not YAML", where=path) from error
     if not isinstance(data, dict):
         raise UsageError("the recipe holds no settings", where=path)

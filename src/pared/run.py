@@ -113,7 +113,10 @@ def resolve_axes(layout: Layout, structures: tuple[str, ...] | None) -> tuple[st
         named = [a for a in layout.proofs if a == structure or (structure == "ffn" and a.endswith("ffn"))]
         proved = [a for a in named if layout.prunable(a)]
         if not proved and structures is not None:
-            reason = "; ".join(layout.proofs[a].reason for a in named) or f"{layout.model_type} has no more than one unit of it"
+            reason = (
+                "; ".join(layout.proofs[a].reason for a in named)
+                or f"no layout with more than one unit of it was found in {layout.model_type}"
+            )
             raise ModelError(
                 f"{structure!r} can not be removed from this model: {reason}",
                 where="--structures",
