@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pared.errors import UsageError
 
 Structure = Literal["kv", "query", "ffn", "hidden", "layer"]
+# LLM-Pruner's names for what to remove, for people who come from it.
+STRATEGIES: dict[Any, tuple[str, ...]] = {"block-wise": ("kv", "ffn"), "channel-wise": ("hidden",), "layer-wise": ("layer",)}
 
 
 class Recipe(BaseModel):
@@ -59,7 +61,10 @@ class Recipe(BaseModel):
     @field_validator("structures", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return tuple(v.strip() for v in value.split(",")) if isinstance(value, str) else value
+        named = [v.strip() for v in value.split(",")] if isinstance(value, str) else value
+        if not isinstance(named, list | tuple):
+            return value
+        return tuple(dict.fromkeys(s for v in named for s in STRATEGIES.get(v, (v,))))
 
     def to_yaml(self) -> str:
         data = self.model_dump(mode="json")
