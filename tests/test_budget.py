@@ -310,3 +310,17 @@ def test_a_dear_unit_is_bought_at_its_present_price() -> None:
     share = (3 * query + 8 * channel) / account(layout).block_params
     sizes = allocate_ranked(budget_of("llama", share, WIDTHS), scores)
     assert sizes[0]["query"] == 1 and sizes[0]["kv"] == 4
+
+
+def test_a_coarse_last_step_gives_fine_ones_back() -> None:
+    layout = layout_of("llama")
+    scores = Scores(comparable=True)
+    for i in range(6):
+        scores.of[i, "ffn"] = torch.full((704,), 99.0 if i else 0.001)
+        scores.of[i, "kv"] = torch.full((4,), 1.0)
+    step = budget_of("llama", 0.5, ("ffn",)).step("ffn") * 3 * 256
+    share = (700 * 3 * 256 + step) / account(layout).block_params  # one step more than layer 0's channels can give
+    budget = budget_of("llama", share, ("ffn", "kv"))
+    sizes = allocate_ranked(budget, scores)
+    assert sum(4 - own["kv"] for own in sizes.values()) == 1 and 4 < sizes[0]["ffn"] < 704
+    assert 0 <= budget.before.block_params * (1 - share) - left_by(budget, sizes) < step
