@@ -22,16 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pared import modeling
 from pared.axes import Selection, indices, take
 from pared.calibration import Batch
 from pared.errors import UsageError
 from pared.estimate import Progress, consumers, silent
 from pared.leastsquares import Moments2, refit_guarded
-from pared.plan import Plan, kept_sizes
+from pared.plan import Plan
 from pared.reconstruct import reconstruct
 from pared.stream import Stream, unpadded
-from pared.structure import Layout, resize
+from pared.structure import Layout
+from pared.surgery import rebuilt
 
 MODES = ("none", "bias", "refit", "sequential")
 ALPHA = 0.75
@@ -230,23 +230,12 @@ class _Block:
         """The block with only `keep` applied, refitted tensors where there are some."""
         if not keep and not self.changed:
             return self.block
-        config = self.stream.model.config
-        own = modeling.layer_config(config, resize(config, self.layout.keys, {**self.sizes, **kept_sizes(keep)}))
-        with torch.device("meta"):
-            module = modeling.make_block(self.block, own, self.i)
+        tensors = {}
         for name, tensor in self.block.state_dict().items():
-            full = f"{self.layout.prefix}.{self.i}.{name}"
+            signature = self.layout.tensors[f"{self.layout.prefix}.{self.i}.{name}"]
             value = self.changed.get(name)
-            if value is None:
-                value = take(tensor, self.layout.tensors[full], self.sizes, keep)
-            owner, _, leaf = name.rpartition(".")
-            part = module.get_submodule(owner)
-            if leaf in part._parameters:
-                part._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-            else:
-                part._buffers[leaf] = value
-        modeling.fill_buffers(self.stream.model, module, next(self.block.parameters()).device)
-        return module
+            tensors[name] = take(tensor, signature, self.sizes, keep) if value is None else value
+        return rebuilt(self.block, self.stream.model, self.layout, self.i, keep, tensors)
 
 
 def _owner(block: nn.Module, name: str) -> nn.Module:

@@ -1,16 +1,16 @@
-"""Discovery: a signature for every tensor, found by perturbing the config's sizes.
+"""Discovery: a signature for every tensor, found by perturbing the config's sizes and by silencing units.
 
 No architecture is named here. A small instance of the model's own class is built on the meta device again and
 again, each time with one size of its config changed; the tensor dimensions that move, and by how much, tell which
-axes they hold. Where a fused dimension admits several layouts all are kept as candidates, and the proof decides.
+axes they hold. Sizes that move together (GPT-2's heads and its hidden size) are told apart by what falls silent when a
+unit of a consumer's input does (`pared.silence`). Where several layouts remain, the proof decides.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -18,25 +18,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pared import modeling
 from pared.axes import Name, Signature, count, parse
 from pared.errors import ModelError
-from pared.structure import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, Layout, keep_layers, raw_key, sizes_of
-
-# Other sizes keep their config key as the axis name, but for these, which the field has shorter words for.
-AXIS_OF_KEY = {
-    "intermediate_size": "ffn",
-    "n_inner": "ffn",
-    "ffn_dim": "ffn",
-    "moe_intermediate_size": "expert_ffn",
-    "shared_expert_intermediate_size": "shared_ffn",
-    "num_local_experts": "expert",
-    "num_experts": "expert",
-    "n_routed_experts": "expert",
-    "moe_num_experts": "expert",
-}
+from pared.miniature import AXIS_OF_KEY, Miniature, find_miniature, kinds_of
+from pared.per_layer import HEADS as KEPT_HEADS
+from pared.per_layer import PerLayer, layer_config
+from pared.silence import Tied, head_arguments, tied_axes
+from pared.structure import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, Layout, raw_key, sizes_of
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One tiny config: its axis sizes and the shapes that they gave."""
+    """One small config: its axis sizes and the shapes that they gave."""
 
     sizes: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
@@ -44,82 +35,81 @@ class Sample:
 
 @dataclass(frozen=True)
 class Discovered:
-    """Signatures of a tiny instance: for each tensor every candidate, the preferred one first."""
+    """Signatures of a small instance: for each tensor every candidate, the preferred one first.
+
+    unexplained: tensors with a dimension that moves with the config as no known layout does, and how that is said.
+    head_arguments: arguments of a block that have an entry for each head -> the dimension that they stand in.
+    """
 
     config: PreTrainedConfig
     keys: dict[str, str]
     candidates: dict[str, list[str]]
     unexplained: dict[str, str]
+    head_arguments: dict[str, int] = field(default_factory=dict)
 
 
-def discover(config: PreTrainedConfig, per_layer: modeling.PerLayer | None = None) -> tuple[Layout, Discovered]:
-    """The unproved layout of a model with this config, and the tiny instance on which it can be proved."""
-    model = modeling.skeleton(config, per_layer)
-    _, layers = modeling.blocks(model)
-    variants = _variants(model, layers)
-    for n in (2, 3, 4, 6, 8, 12):
-        n = min(n, len(layers))
-        if set(variants[:n]) == set(variants) or n == len(layers):
-            break
-    else:
-        raise ModelError("the kinds of blocks of this model are too many to prove", where=f"model type {config.model_type!r}")
-    found = _probe(config, n)
+def discover(config: PreTrainedConfig, per_layer: PerLayer | None = None) -> tuple[Layout, Discovered]:
+    """The unproved layout of a model with this config, and the small instance on which it can be proved."""
+    model = modeling.skeleton(config)
+    found = _probe(find_miniature(config, kinds_of(model)))
+    if per_layer:
+        model = modeling.skeleton(config, per_layer)
     return assemble(config, per_layer or {}, found, model), found
 
 
-def assemble(config: PreTrainedConfig, per_layer: modeling.PerLayer, found: Discovered, model: PreTrainedModel) -> Layout:
-    """Carry the signatures of the tiny instance over to the model itself, and check them against every shape."""
+def assemble(config: PreTrainedConfig, per_layer: PerLayer, found: Discovered, model: PreTrainedModel) -> Layout:
+    """Carry the signatures of the small instance over to the model itself, and check them against every shape."""
     prefix, layers = modeling.blocks(model)
-    text = {n: c[0] for n, c in found.candidates.items()}
-    tiny_prefix = prefix + "."
+    start = prefix + "."
     by_local: dict[str, set[str]] = {}
-    for n, s in text.items():
-        if n.startswith(tiny_prefix):
-            by_local.setdefault(n[len(tiny_prefix) :].split(".", 1)[1], set()).add(s)
+    for n, c in found.candidates.items():
+        if n.startswith(start):
+            by_local.setdefault(n[len(start) :].split(".", 1)[1], set()).add(c[0])
     tensors: dict[str, Signature] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, value in model.state_dict().items():
         shapes[name] = tuple(value.shape)
-        if name.startswith(tiny_prefix):
-            options = by_local.get(name[len(tiny_prefix) :].split(".", 1)[1], set())
+        if name.startswith(start):
+            options = by_local.get(name[len(start) :].split(".", 1)[1], set())
         else:
-            options = {text[name]} if name in text else set()
+            options = set(found.candidates.get(name, ())[:1])
         if len(options) != 1:
             options = {" ".join("_" * value.ndim)}
         tensors[name] = parse(next(iter(options)))
-    implied = _implied_sizes(tensors, shapes, found.keys)
-    global_sizes = sizes_of(config, found.keys)
-    layer_sizes = tuple(
-        {**implied, **sizes_of(modeling.layer_config(config, per_layer.get(i, {})), found.keys)} for i in range(len(layers))
-    )
-    shared = {"hidden", "vocab"}
+    here = {n: s for n, s in tensors.items() if not n.startswith(start)}
+    outside = {**{a: n for a, n in sizes_of(config, found.keys).items() if a in ("hidden", "vocab")}, **_implied(here, shapes)}
+    layer_sizes = []
+    for i in range(len(layers)):
+        own = {n: s for n, s in tensors.items() if n.startswith(f"{start}{i}.")}
+        said = sizes_of(layer_config(config, per_layer.get(i, {})), found.keys)
+        layer_sizes.append({a: n for a, n in {**said, **_implied(own, shapes)}.items() if a not in outside})
     layout = Layout(
         model_type=config.model_type,
         prefix=prefix,
         num_layers=len(layers),
         tensors=tensors,
         shapes=shapes,
-        sizes={a: n for a, n in global_sizes.items() if a in shared},
-        layer_sizes=tuple({a: n for a, n in s.items() if a not in shared} for s in layer_sizes),
+        sizes=outside,
+        layer_sizes=tuple(layer_sizes),
         keys=found.keys,
         parents=_parents(tensors.values()),
         tied=dict(getattr(model, "all_tied_weights_keys", {}) or {}),
         consumers=_input_dims(model),
+        head_arguments=found.head_arguments,
+        kept_heads={i: own[KEPT_HEADS]["kept"] for i, own in per_layer.items() if KEPT_HEADS in own},
     )
     _check_shapes(layout)
     return layout
 
 
-def _implied_sizes(
-    tensors: Mapping[str, Signature], shapes: Mapping[str, tuple[int, ...]], keys: Mapping[str, str]
-) -> dict[str, int]:
-    """Sizes that a config leaves open (GPT-2's n_inner), read from the dimensions that they are alone in."""
+def _implied(tensors: Mapping[str, Signature], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Sizes read from the dimensions that an axis is alone in: what a config leaves open, or says for another layer."""
     out: dict[str, int] = {}
     for name, signature in tensors.items():
         for dim, node in enumerate(signature.dims):
-            if isinstance(node, Name) and node.name in keys:
+            if isinstance(node, Name) and node.name not in ("kv", "query", "d"):
                 out.setdefault(node.name, shapes[name][dim])
-    return {a: n for a, n in out.items() if a not in ("kv", "query", "d")}
+    return out
 
 
 def _check_shapes(layout: Layout) -> None:
@@ -128,7 +118,8 @@ def _check_shapes(layout: Layout) -> None:
         total = 1
         for n in shape:
             total *= n
-        if len(signature.dims) != len(shape) or layout.parameters(name) != total:
+        sizes = layout.sizes_at(layout.layer_of(name))
+        if len(signature.dims) != len(shape) or not signature.axes <= sizes.keys() or layout.parameters(name) != total:
             raise ModelError(
                 f"{name} has shape {list(shape)}, which the layout {signature.text!r} does not account for",
                 where=f"model type {layout.model_type!r}",
@@ -161,60 +152,6 @@ def _input_dims(model: nn.Module) -> dict[str, int]:
     return out
 
 
-def _variants(model: PreTrainedModel, layers: nn.ModuleList) -> list[tuple[Any, ...]]:
-    """What kind of block each layer is: its tensors and its entry in every per-layer list of the config."""
-    data = model.config.to_dict()
-    lists = [v for v in data.values() if isinstance(v, list) and len(v) == len(layers)]
-    return [(tuple(layer.state_dict()), *(str(v[i]) for v in lists)) for i, layer in enumerate(layers)]
-
-
-def tiny_config(config: PreTrainedConfig, layers: int, **sizes: int | None) -> PreTrainedConfig:
-    """A config of the same class and flags with small sizes."""
-    total = config.num_hidden_layers
-    data = keep_layers(config.to_dict(), list(range(layers)), total)
-    data = {
-        k: v
-        for k, v in data.items()
-        if k not in ("quantization_config", "auto_map", "torch_dtype", "dtype", modeling.PER_LAYER)
-    }
-    heads, kv = getattr(config, HEADS, None), getattr(config, KV_HEADS, None)
-    grouped = bool(kv) and kv != heads
-    small: dict[str, Any] = {
-        raw_key(config, HIDDEN): 96,
-        raw_key(config, VOCAB): 128,
-        raw_key(config, LAYERS): layers,
-        raw_key(config, HEADS): 4 if not grouped or kv == 1 else 8,
-        "max_position_embeddings": 64,
-        "head_dim": 16,
-    }
-    if kv:
-        small[raw_key(config, KV_HEADS)] = min(4, kv) if kv == 1 else 4
-    small.update({k: None for k in data if k.endswith("_token_id")})
-    for key in AXIS_OF_KEY:
-        if isinstance(value := data.get(key), int):
-            small[key] = min(value, 4) if AXIS_OF_KEY[key] == "expert" else 80
-    for key, value in data.items():
-        if key.endswith("sliding_window") and value:
-            small[key] = 8
-        if key in ("num_experts_per_tok", "moe_k") and value:
-            small[key] = min(value, 2)
-        if key.startswith("rope_") and isinstance(value, dict):
-            data[key] = _plain_rope(value)
-    data["max_position_embeddings"] = 64
-    wanted = {**data, **small, **sizes}
-    try:
-        return type(config).from_dict(wanted)
-    except AttributeError:  # head_dim is computed, and can not be set
-        return type(config).from_dict({k: v for k, v in wanted.items() if k != HEAD_DIM})
-
-
-def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings without length scaling, whose factor lists depend on the head size."""
-    if any(isinstance(v, dict) for v in rope.values()):
-        return {k: _plain_rope(v) if isinstance(v, dict) else v for k, v in rope.items()}
-    return {k: v for k, v in rope.items() if k in ("rope_theta", "partial_rotary_factor")} | {"rope_type": "default"}
-
-
 def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]] | None:
     """Tensor shapes under a config, None where the class does not accept it."""
     try:
@@ -223,28 +160,76 @@ def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]] | None:
         return None
 
 
-def _probe(config: PreTrainedConfig, layers: int) -> Discovered:
+def _probe(small: Miniature) -> Discovered:
     """Perturb every size of the config and explain what moves."""
-    base_config = tiny_config(config, layers)
-    base_shapes = {k: tuple(v.shape) for k, v in modeling.skeleton(base_config).state_dict().items()}
-    keys = _size_keys(config, layers, base_config, base_shapes)
-    open_keys = {k: 80 for k in keys.values() if getattr(base_config, k, None) is None and k != HEAD_DIM and k != KV_HEADS}
-    if open_keys:
-        base_config = tiny_config(config, layers, **open_keys)
-        base_shapes = {k: tuple(v.shape) for k, v in modeling.skeleton(base_config).state_dict().items()}
-    samples = [Sample(sizes_of(base_config, keys), base_shapes)]
-    for changes in _perturbations(base_config, keys):
+    base = small.make()
+    keys = _size_keys(small, base)
+    # Sizes that a config leaves open get one of their own here, or they could not be told from what they follow.
+    left_open = {k: 80 for k in keys.values() if getattr(base, k, None) is None and k not in (HEAD_DIM, KV_HEADS)}
+    base = small.make(**left_open) if left_open else base
+    samples = _samples(small, base, left_open, keys)
+    best = _explain(base, keys, samples)
+    if "kv" not in keys and "d" not in keys and getattr(base, HEADS, None):
+        # One KV head for all query heads, though no key counts it.
+        other = {**keys, "query": HEADS}
+        shared = _explain(base, other, _samples(small, base, left_open, other))
+        best = min((best, shared), key=lambda found: len(found.unexplained))
+    if not getattr(base, HEADS, None):
+        return best
+    model = modeling.skeleton(base)
+    tied = tied_axes(best.config, assemble(base, {}, best, model), best.candidates, "d" not in best.keys)
+    return replace(
+        best, candidates=_narrowed(best, tied), unexplained=_left(best, tied), head_arguments=head_arguments(small, base)
+    )
+
+
+def _narrowed(found: Discovered, tied: Tied) -> dict[str, list[str]]:
+    """Candidates with what was found out about some dimensions: (tensor, dimension) -> texts."""
+    out = {}
+    for name, texts in found.candidates.items():
+        dims = (
+            [list(dict.fromkeys(column)) for column in zip(*(_split(t) for t in texts), strict=True)] if texts != [""] else []
+        )
+        dims = [tied.get((name, dim), options) for dim, options in enumerate(dims)]
+        out[name] = [" ".join(c) for c in itertools.product(*dims)]
+    return out
+
+
+def _split(text: str) -> list[str]:
+    """The texts of a signature's dimensions."""
+    parts, depth = [""], 0
+    for c in text:
+        depth += (c in "([") - (c in ")]")
+        if c == " " and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return parts
+
+
+def _left(found: Discovered, tied: Tied) -> dict[str, str]:
+    return {n: why for n, why in found.unexplained.items() if not any(name == n for name, _ in tied)}
+
+
+def _samples(small: Miniature, base: PreTrainedConfig, left_open: dict[str, int], keys: dict[str, str]) -> list[Sample]:
+    shapes = _shapes(base) or {}
+    samples = [Sample(sizes_of(base, keys), shapes)]
+    for changes in _perturbations(base, keys):
         try:
-            changed = tiny_config(config, layers, **{**open_keys, **changes})
+            changed = small.make(**{**left_open, **changes})
         except modeling.REJECTED:
             continue
-        shapes = _shapes(changed)
-        if shapes is not None and shapes.keys() == base_shapes.keys():
-            samples.append(Sample(sizes_of(changed, keys), shapes))
+        moved = _shapes(changed)
+        if moved is not None and moved.keys() == shapes.keys():
+            samples.append(Sample(sizes_of(changed, keys), moved))
+    return samples
+
+
+def _explain(base: PreTrainedConfig, keys: dict[str, str], samples: list[Sample]) -> Discovered:
     expressions = _expressions(keys)
     candidates: dict[str, list[str]] = {}
     unexplained: dict[str, str] = {}
-    for name, shape in base_shapes.items():
+    for name, shape in samples[0].shapes.items():
         dims: list[list[str]] = []
         for dim in range(len(shape)):
             values = [s.shapes[name][dim] for s in samples]
@@ -253,64 +238,73 @@ def _probe(config: PreTrainedConfig, layers: int) -> Discovered:
                 unexplained[name] = f"dimension {dim} of {name} moves with the config as no known layout does"
             dims.append(fits or ["_"])
         candidates[name] = [" ".join(c) for c in itertools.product(*dims)]
-    return Discovered(base_config, keys, candidates, unexplained)
+    return Discovered(base, keys, candidates, unexplained)
 
 
 def _size_of(signature: Signature, sizes: Mapping[str, int]) -> int | None:
     return count(signature, sizes, (1,)) if signature.axes <= sizes.keys() else None
 
 
-def _size_keys(
-    config: PreTrainedConfig, layers: int, base: PreTrainedConfig, base_shapes: dict[str, tuple[int, ...]]
-) -> dict[str, str]:
-    """axis -> config key, for every key whose change moves some tensor dimension of the blocks."""
-    known = {raw_key(config, k): k for k in (HIDDEN, HEADS, KV_HEADS, LAYERS, VOCAB)}
+def _size_keys(small: Miniature, base: PreTrainedConfig) -> dict[str, str]:
+    """axis -> config key, for every key whose change moves some tensor dimension."""
+    known = {raw_key(base, k): k for k in (HIDDEN, HEADS, KV_HEADS, LAYERS, VOCAB)}
     keys: dict[str, str] = {"hidden": HIDDEN, "vocab": VOCAB}
-    data = base.to_dict()
+    shapes, data = _shapes(base), base.to_dict()
     for key in [*data, HEAD_DIM]:
         value = data.get(key)
         if key in known or isinstance(value, bool) or not (value is None or isinstance(value, int)):
             continue
         if value is None and not any(w in key for w in ("inner", "ffn", "intermediate", HEAD_DIM)):
             continue
-        changed = (value or 48) + (8 if key == HEAD_DIM or "dim" in key or "size" in key or value is None else 2)
-        try:
-            shapes = _shapes(tiny_config(config, layers, **{key: changed}))
-        except modeling.REJECTED:
-            continue
-        if shapes is None or shapes.keys() != base_shapes.keys() or shapes == base_shapes:
-            continue
-        keys["d" if key == HEAD_DIM else AXIS_OF_KEY.get(key, key)] = key
-    if data.get(raw_key(config, KV_HEADS)) is not None:
+        step = 8 if key == HEAD_DIM or "dim" in key or "size" in key or value is None else 2
+        if _moves(small, {key: (value or 48) + step}, shapes):
+            keys["d" if key == HEAD_DIM else AXIS_OF_KEY.get(key, key)] = key
+    kv = getattr(base, KV_HEADS, None)
+    if kv and "kv" not in keys and _moves(small, {raw_key(base, KV_HEADS): 2 * kv if kv == 1 else kv // 2}, shapes):
         keys["kv"] = KV_HEADS
     return keys
+
+
+def _moves(small: Miniature, changes: dict[str, int | None], shapes: dict[str, tuple[int, ...]] | None) -> bool:
+    """Whether other config entries give the same tensors other shapes."""
+    try:
+        moved = _shapes(small.make(**changes))
+    except modeling.REJECTED:
+        return False
+    return moved is not None and shapes is not None and moved.keys() == shapes.keys() and moved != shapes
 
 
 def _perturbations(base: PreTrainedConfig, keys: Mapping[str, str]) -> Iterator[dict[str, int]]:
     heads, kv = raw_key(base, HEADS), raw_key(base, KV_HEADS)
     now = sizes_of(base, keys)
-    yield {raw_key(base, HIDDEN): 192}
-    yield {raw_key(base, VOCAB): 144}
+    yield {raw_key(base, HIDDEN): 2 * now["hidden"]}
+    yield {raw_key(base, VOCAB): now["vocab"] + 16}
     if "kv" in keys:
         yield {heads: now["query"] * now["kv"] // 2, kv: max(1, now["kv"] // 2)}
         yield {heads: now["kv"] * 3, kv: now["kv"]}
         yield {heads: now["kv"] * 4, kv: now["kv"] * 2}
+        yield {heads: now["kv"] * now["query"] * 2, kv: now["kv"] * 2}
     else:
-        yield {heads: 2 * now["kv"]}
+        yield {heads: 2 * now["kv"] * now["query"]}
     for axis, key in keys.items():
-        if axis not in ("hidden", "vocab", "kv"):
+        if axis not in ("hidden", "vocab", "kv") and key != HEADS:
             step = 8 if key == HEAD_DIM else (24 if now.get(axis, 0) >= 16 else 2)
             yield {key: now.get(axis, 48) + step}
 
 
 def _expressions(keys: Mapping[str, str]) -> list[tuple[str, Signature]]:
-    """Everything that a dimension is tried as, the likelier first; those of equal size are told apart by the proof."""
-    widths = [a for a in keys if a not in ("hidden", "vocab", "kv", "d")]
-    texts = ["hidden", "vocab", *widths]
-    if "d" in keys:
-        texts += ["(kv query d)", "(kv d)", "[kv query d | kv d | kv d]", "(kv [query d | d | d])", "[kv d | kv d]", "(kv 2 d)"]
-    texts += ["(kv query)", "kv"]
+    """Everything that a dimension is tried as, the likelier first; those of equal size are told apart later on."""
+    widths = [a for a in keys if a not in ("hidden", "vocab", "kv", "query", "d")]
+    heads = [
+        "(kv query d)",
+        "(kv d)",
+        "[kv query d | kv d | kv d]",
+        "(kv [query d | d | d])",
+        "[kv d | kv d]",
+        "(kv 2 d)",
+        "(kv query 2 d)",
+    ]
+    texts = ["hidden", "vocab", *widths, *heads, "(kv query)", "kv"]
     for w in widths:
         texts += [f"[{w} | {w}]", f"({w} 2)"]
-    texts += ["d"] if "d" in keys else []
-    return [(t, parse(t)) for t in texts]
+    return [(t, parse(t)) for t in [*texts, "d"]]

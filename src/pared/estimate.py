@@ -240,8 +240,7 @@ def _second_moments_with_fisher(
 
         def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
             def seen(gradient: Tensor) -> None:
-                # The loss is a mean over tokens; times their number it is each token's own.
-                g = gradient.reshape(-1, gradient.shape[-1]).float() * state.tokens
+                g = gradient.reshape(-1, gradient.shape[-1]).float()
                 if name not in found:
                     found[name] = g.new_zeros(g.shape[1], g.shape[1])
                 found[name].addmm_(g.T, g, alpha=1 / state.tokens)

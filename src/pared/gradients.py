@@ -18,7 +18,10 @@ from pared.stream import Stream
 
 @dataclass
 class Backward:
-    """Stored inputs of every block, and the gradient that reaches the last one: what a walk back starts from."""
+    """Stored inputs of every block, and the gradient that reaches the last one: what a walk back starts from.
+
+    gradients: of the loss summed over tokens (the mean's would underflow in half precision). loss: its mean.
+    """
 
     inputs: list[list[Tensor]]
     gradients: list[Tensor]
@@ -52,7 +55,7 @@ def forward_with_loss(stream: Stream, batches: Sequence[Batch], *, keep_inputs: 
                 with torch.set_grad_enabled(keep_inputs):
                     loss = next_token_loss(stream.logits(leaf), ids)
                 if keep_inputs:
-                    (grad,) = torch.autograd.grad(loss / tokens, leaf)
+                    (grad,) = torch.autograd.grad(loss, leaf)
                     rows.append(grad)
                 total += float(loss.detach())
             if rows:
@@ -131,13 +134,12 @@ def _through_block(
             out = stream.run(block, i, leaf)
             got = torch.autograd.grad(out, [leaf, *parameters.values()], upstream, allow_unused=True)
         through.append(got[0])
-        # A sequence's own mean loss differs from its share of the total by this factor.
-        scale = state.tokens / (part.shape[0] * (part.shape[1] - 1))
+        own = part.shape[0] * (part.shape[1] - 1)
         for name, g in zip(parameters, got[1:], strict=True):
             if g is not None:
-                _accumulate(found.first, name, g.float())
                 if squared:
-                    _accumulate(found.squared, name, (g.float() * scale).square_().div_(sequences))
+                    _accumulate(found.squared, name, (g.float() / own).square_().div_(sequences))
+                _accumulate(found.first, name, g.float().div_(state.tokens))
         del got
     return torch.cat(through)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,8 +33,9 @@ from transformers.utils import logging as hf_logging
 
 from pared.checkpoint import Checkpoint
 from pared.errors import ModelError
+from pared.per_layer import PerLayer, PerLayerConfigMixin, attach, build_layers_, join, split
+from pared.per_layer import blocks as find_blocks
 
-PER_LAYER = "per_layer_config"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Buffers that older releases of transformers saved; their content follows from the config.
 OBSOLETE = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn(ention)?\.(masked_)?bias)$")
@@ -43,13 +43,10 @@ OBSOLETE = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn(entio
 # What the config classes and constructors of transformers raise when sizes do not fit.
 REJECTED = (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError)
 
-PerLayer = dict[int, dict[str, Any]]
-
 
 def make_config(data: Mapping[str, Any]) -> tuple[PreTrainedConfig, PerLayer]:
     """The global config and the per-layer overrides of a parsed config.json."""
-    data = {k: v for k, v in data.items() if k != "quantization_config"}
-    per_layer = {int(i): dict(o) for i, o in (data.pop(PER_LAYER, None) or {}).items()}
+    data, per_layer = split({k: v for k, v in data.items() if k not in ("quantization_config", "auto_map")})
     model_type = str(data.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise ModelError(
@@ -63,16 +60,6 @@ def make_config(data: Mapping[str, Any]) -> tuple[PreTrainedConfig, PerLayer]:
         raise ModelError(f"transformers rejects the config: {error}", where="config.json") from error
 
 
-def layer_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
-    """The config that one block is built from."""
-    own = copy.copy(config)
-    own.__dict__.pop("_heterogeneity_spec", None)
-    for key, value in overrides.items():
-        if key != "skip":
-            setattr(own, key, value)
-    return own
-
-
 def skeleton(config: PreTrainedConfig, per_layer: PerLayer | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model on the meta device: names, shapes and code, no weights."""
     with torch.device("meta"), _default_dtype(dtype), hf_quiet():
@@ -83,48 +70,26 @@ def skeleton(config: PreTrainedConfig, per_layer: PerLayer | None = None, dtype:
                 f"transformers can not build this model: {error}", where=f"model type {config.model_type!r}"
             ) from error
         if per_layer:
-            _, layers = blocks(model)
-            for i, overrides in sorted(per_layer.items()):
-                layers[i] = make_block(layers[i], layer_config(model.config, overrides), i)
+            build_layers_(model, per_layer)
             _attach_per_layer(model, per_layer)
     return model.eval()
 
 
-def make_block(like: nn.Module, config: PreTrainedConfig, index: int) -> nn.Module:
-    """A decoder block of the class of `like`, made from its own config."""
-    takes = [p.name for p in list(inspect.signature(type(like).__init__).parameters.values())[1:]]
-    arguments = [config] if len(takes) == 1 else [config, index]
-    return type(like)(*arguments).eval()
-
-
 def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks and its name, found as the module list that has one entry for each layer."""
-    wanted = model.config.get_text_config().num_hidden_layers
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
-    if not found:
-        raise ModelError(
-            f"no list of {wanted} decoder blocks in {type(model).__name__}", fix="pared prunes decoder-only language models"
-        )
-    return min(found, key=lambda item: item[0].count("."))
+    """The list of decoder blocks and its name. ModelError where there is none."""
+    try:
+        return find_blocks(model)
+    except LookupError as error:
+        raise ModelError(str(error), fix="pared prunes decoder-only language models") from error
 
 
 def _attach_per_layer(model: PreTrainedModel, per_layer: PerLayer) -> None:
     """Make the model's config carry the per-layer form, so that save_pretrained writes it."""
     base = type(model.config)
-
-    # transformers writes this reading permission into config.json, where it would let a stock transformers build
-    # uniform layers without a word: it stays with the live object alone.
-    class PerLayerConfig(base):  # type: ignore[misc, valid-type]
-        def to_dict(self) -> dict[str, Any]:
-            data = super().to_dict()
-            data.pop("allow_global_per_layer_attribute_access", None)
-            return data
-
-    PerLayerConfig.__name__ = base.__name__
+    kind = type(base.__name__, (PerLayerConfigMixin, base), {})
     for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
-        config.__class__ = PerLayerConfig
-        config.allow_global_per_layer_attribute_access = True
-        config.per_layer_config = {i: dict(own) for i, own in per_layer.items()}
+        config.__class__ = kind
+        attach(config, per_layer)
 
 
 def expected_tensors(data: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -313,11 +278,11 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return DTYPES[name]
 
 
-def config_json(config: PreTrainedConfig, per_layer: PerLayer | None = None) -> str:
-    """config.json as transformers writes it, with the per-layer form added."""
+def config_json(config: PreTrainedConfig, per_layer: PerLayer | None = None, auto_map: Mapping[str, str] | None = None) -> str:
+    """config.json as transformers writes it; with the per-layer form, and where its code is, added if there is one."""
     data = json.loads(config.to_json_string())
     if per_layer:
-        data[PER_LAYER] = {str(i): o for i, o in sorted(per_layer.items())}
+        data |= {**join(per_layer), "auto_map": dict(auto_map or {})}
     return json.dumps(data, indent=2, sort_keys=True) + "\n"
 
 

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from pared import modeling
 from pared.budget import Amount, Budget
 from pared.budget.select import make_plan, recount
+from pared.budget.uniform import allocate_uniform
 from pared.calibration import Calibration, load_calibration, sample_from_model
 from pared.checkpoint import Checkpoint
 from pared.compensate import Refitted, compensate
@@ -24,9 +25,11 @@ from pared.compose import compose
 from pared.criteria import get_criterion
 from pared.errors import ModelError, UsageError
 from pared.estimate import Progress, Scores, estimate, silent
+from pared.per_layer import PerLayer
 from pared.plan import Plan
 from pared.proof import proved_layout
 from pared.recipe import Recipe, make_recipe
+from pared.remote_code import FILE, auto_map, modelling_file
 from pared.report.card import model_card
 from pared.stream import Stream
 from pared.structure import Layout
@@ -56,7 +59,7 @@ class Source:
     model: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
     config: PreTrainedConfig
-    per_layer: modeling.PerLayer
+    per_layer: PerLayer
     layout: Layout
 
     @classmethod
@@ -106,12 +109,21 @@ class Source:
         return next((v for k in ("num_experts_per_tok", "moe_k") if (v := getattr(self.config, k, None))), None)
 
 
-def resolve_axes(layout: Layout, structures: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The axes that the named structures are in this model. ModelError where one is not proved, with the reason."""
+def resolve_axes(layout: Layout, structures: tuple[str, ...] | None, *, shape: str = "per-layer") -> tuple[str, ...]:
+    """The axes that the named structures are in this model. ModelError where one is not proved, with the reason.
+
+    shape: "uniform" leaves out axes that the family's config has no size for; where nothing else is left, that is said.
+    """
     chosen: list[str] = []
+    apart: list[str] = []
     for structure in structures or DEFAULT_STRUCTURES:
         named = [a for a in layout.proofs if a == structure or (structure == "ffn" and a.endswith("ffn"))]
         proved = [a for a in named if layout.prunable(a)]
+        if shape == "uniform" and (odd := [a for a in proved if not layout.prunable(a, stock=True)]):
+            if structures is not None:
+                raise _only_per_layer(layout, odd)
+            apart += odd
+            proved = [a for a in proved if a not in odd]
         if not proved and structures is not None:
             reason = (
                 "; ".join(layout.proofs[a].reason for a in named)
@@ -123,9 +135,19 @@ def resolve_axes(layout: Layout, structures: tuple[str, ...] | None) -> tuple[st
                 fix=f"it can lose {', '.join(a for a in layout.proofs if layout.prunable(a)) or 'nothing'}",
             )
         chosen += proved
+    if not chosen and apart:
+        raise _only_per_layer(layout, apart)
     if not chosen:
         raise ModelError(f"no structure of {layout.model_type} is proved to be removable", fix="pared inspect says why")
     return tuple(dict.fromkeys(chosen))
+
+
+def _only_per_layer(layout: Layout, axes: list[str]) -> ModelError:
+    return ModelError(
+        f"a {layout.model_type} config has no sizes of its own for {', '.join(axes)}: no stock checkpoint can say the result",
+        where="--shape uniform",
+        fix="--shape per-layer, which carries them in a form of its own",
+    )
 
 
 def resolve(recipe: Recipe, source: Source) -> Recipe:
@@ -134,7 +156,7 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
     Second-order selection where every structure is a dense layer's own; weighted by gradients where layers compete.
     Elsewhere (experts' channels, hidden channels, layers) first-order Taylor scores all kinds alike.
     """
-    axes = resolve_axes(source.layout, recipe.structures)
+    axes = resolve_axes(source.layout, recipe.structures, shape=recipe.shape)
     inside = not {"layer", "hidden"} & set(axes)
     allocate = recipe.allocate or ("global" if recipe.shape == "per-layer" and inside else "uniform")
     criterion = recipe.criterion
@@ -180,7 +202,7 @@ def plan_pruning(
     """Score and decide, cutting nothing. calibration: None makes it as the recipe says, where the criterion wants any."""
     recipe = resolve(recipe, source)
     criterion = get_criterion(recipe.criterion or "")
-    axes = resolve_axes(source.layout, recipe.structures)
+    axes = resolve_axes(source.layout, recipe.structures, shape=recipe.shape)
     whole = _budget(source, recipe, axes, recipe.remove)
     if calibration is None and criterion.needs != "weights":
         calibration = calibrate(source, recipe)
@@ -189,7 +211,8 @@ def plan_pruning(
 
     def decide(now: Source, share: float) -> tuple[Plan, Scores]:
         stream = Stream(now.runnable, now.layout, dtype=compute_dtype(recipe), device=recipe.device)
-        going = round(share * now.layout.num_layers) if "layer" in axes else 0
+        budget = _budget(now, recipe, axes, share)
+        going = now.layout.num_layers - allocate_uniform(budget).layers if "layer" in axes else 0
         scores = estimate(
             stream,
             criterion,
@@ -200,7 +223,6 @@ def plan_pruning(
             layers_to_remove=going + 1,
             progress=progress,
         )
-        budget = _budget(now, recipe, axes, share)
         return make_plan(
             budget, scores, shape=recipe.shape, allocate=recipe.allocate or "uniform", provenance=provenance
         ), scores
@@ -305,7 +327,9 @@ def write_pruned(
     for i, layer in enumerate(plan.layers):
         changed = next(refitted).tensors if refitted is not None else {}
         write(layout.block_tensors(layer.source), lambda read, i=i, c=changed: cut_block(layout, plan, i, read, c))  # type: ignore[misc]
-    writer.add_file("config.json", modeling.config_json(target, per_layer))
+    writer.add_file("config.json", modeling.config_json(target, per_layer, auto_map(type(target), type(result))))
+    if per_layer:
+        writer.add_file(FILE, modelling_file(type(target), type(result)))
     for path in source.checkpoint.side_files() if source.checkpoint else []:
         writer.copy_file(path)
     writer.add_file("plan.json", plan.to_json())

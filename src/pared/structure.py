@@ -23,12 +23,16 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = (
 
 @dataclass(frozen=True)
 class Proof:
-    """What the proof of one axis gave: the largest difference of logits between cutting and masking."""
+    """What the proof of one axis gave: the largest difference of logits between cutting and masking.
+
+    stock: whether the family's own config can say the result; otherwise the per-layer form carries it.
+    """
 
     axis: str
     holds: bool
     difference: float | None = None
     reason: str = ""
+    stock: bool = True
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Layout:
     tensors: module-level name -> signature; shapes: name -> shape. layer_sizes[i]: axis -> units in block i;
     sizes: the axes that the whole model shares. keys: axis -> the config key that says its size.
     parents: nested axis -> its parent. tied: a tensor's name -> the name of the tensor that it shares.
+    head_arguments: arguments of a block with an entry for each head -> the dimension that they stand in.
+    kept_heads: layers that have lost heads of these already -> those that are left, by their first index.
     """
 
     model_type: str
@@ -51,6 +57,8 @@ class Layout:
     parents: dict[str, str]
     tied: dict[str, str]
     consumers: dict[str, int]
+    head_arguments: dict[str, int] = field(default_factory=dict)
+    kept_heads: dict[int, list[int]] = field(default_factory=dict)
     proofs: dict[str, Proof] = field(default_factory=dict)
 
     def layer_of(self, name: str) -> int | None:
@@ -76,8 +84,9 @@ class Layout:
         names = [n for n in self.tensors if self.layer_of(n) is None] if layer is None else self.block_tensors(layer)
         return [n for n in names if n not in self.tied and axis in self.tensors[n].axes]
 
-    def prunable(self, axis: str) -> bool:
-        return axis in self.proofs and self.proofs[axis].holds
+    def prunable(self, axis: str, *, stock: bool = False) -> bool:
+        """Whether removing units of an axis is proved. stock: in the family's own config, not only in the per-layer form."""
+        return axis in self.proofs and self.proofs[axis].holds and (self.proofs[axis].stock or not stock)
 
     def parameters(self, name: str, sizes: Mapping[str, int] | None = None) -> int:
         """Entries of one tensor, of the model as it is or under other axis sizes."""
@@ -88,7 +97,8 @@ class Layout:
 def sizes_of(config: PreTrainedConfig, keys: Mapping[str, str]) -> dict[str, int]:
     """Units of every axis as a config says them."""
     heads = _value(config, HEADS) or 1
-    kv = _value(config, KV_HEADS) or heads
+    # Where "query" has a key of its own, one KV head serves all of them.
+    kv = 1 if keys.get("query") == HEADS else _value(config, KV_HEADS) or heads
     sizes = {"hidden": _value(config, HIDDEN), "vocab": _value(config, VOCAB), "kv": kv, "query": heads // kv}
     sizes["d"] = (_value(config, HEAD_DIM) if keys.get("d") == HEAD_DIM else None) or sizes["hidden"] // heads
     for axis, key in keys.items():
@@ -100,7 +110,7 @@ def sizes_of(config: PreTrainedConfig, keys: Mapping[str, str]) -> dict[str, int
 
 
 def resize(config: PreTrainedConfig, keys: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The config entries that say these axis sizes: {config key: value}."""
+    """The config entries that say these axis sizes: {config key: value}. Axes that no key counts are passed over."""
     out: dict[str, Any] = {}
     if "kv" in sizes or "query" in sizes:
         now = sizes_of(config, keys)
@@ -115,14 +125,28 @@ def resize(config: PreTrainedConfig, keys: Mapping[str, str], sizes: Mapping[str
         if keys.get("d") == HEAD_DIM:
             out[HEAD_DIM] = sizes_of(config, keys)["d"]
     for axis, n in sizes.items():
-        if axis not in ("kv", "query", "hidden", "d", "layer"):
+        if axis not in ("kv", "query", "hidden", "d", "layer") and axis in keys:
             out[raw_key(config, keys[axis])] = n
     return out
 
 
+def block_entries(config: PreTrainedConfig, keys: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The config entries that a block of these sizes is made from: `resize`, and a hidden size that its heads add up to
+    where heads have no size of their own. The modules that hold hidden channels are given their shapes afterwards."""
+    out = resize(config, keys, {a: n for a, n in sizes.items() if a != "hidden"})
+    if "d" not in keys and {"kv", "query"} <= sizes.keys() and sizes.get("d"):
+        out[raw_key(config, HIDDEN)] = sizes["kv"] * sizes["query"] * sizes["d"]
+    return out
+
+
 def keep_layers(data: Mapping[str, Any], kept: list[int], total: int) -> dict[str, Any]:
-    """config.json entries with every list that has one entry for each layer reduced to the kept layers."""
-    return {k: [v[i] for i in kept] if isinstance(v, list) and len(v) == total else v for k, v in data.items()}
+    """config.json entries with every list that has one entry for each layer reduced to the kept layers.
+
+    A list of token ids may happen to be as long as the model; it is left alone.
+    """
+    return {
+        k: [v[i] for i in kept] if isinstance(v, list) and len(v) == total and "token" not in k else v for k, v in data.items()
+    }
 
 
 def raw_key(config: PreTrainedConfig, name: str) -> str:

@@ -12,25 +12,28 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pared import modeling
-from pared.axes import Selection, take, zero_
+from pared.axes import Selection, indices, names, parse, size, take, zero_
 from pared.errors import ModelError
 from pared.families import STAND_INS
-from pared.plan import Plan
-from pared.structure import LAYERS, Layout, keep_layers, resize, sizes_of
+from pared.per_layer import HEADS as KEPT_HEADS
+from pared.per_layer import SHAPES, PerLayer, fit_, make_block
+from pared.plan import Plan, kept_sizes
+from pared.structure import HEADS, LAYERS, Layout, block_entries, keep_layers, resize, sizes_of
 
 
-def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple[PreTrainedConfig, modeling.PerLayer]:
-    """The config that says what the plan leaves, and its per-layer overrides (empty for a uniform shape).
+def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple[PreTrainedConfig, PerLayer]:
+    """The config that says what the plan leaves, and its per-layer entries (empty for a uniform shape).
 
     Raises ModelError where the family's config, or that of a family with the same block, can not say it.
     """
-    shapes = [{a: n for a, n in plan.sizes(i, layout).items() if a in layout.layer_sizes[0]} for i in range(len(plan.layers))]
+    shapes = [{a: n for a, n in plan.sizes(i, layout).items() if a not in layout.sizes} for i in range(len(plan.layers))]
     shared = {"hidden": plan.sizes(None, layout)["hidden"]} if plan.hidden is not None else {}
     sources = [layer.source for layer in plan.layers]
     data = keep_layers(config.to_dict(), sources, layout.num_layers)
-    data.pop(modeling.PER_LAYER, None)
     data[config.attribute_map.get(LAYERS, LAYERS)] = len(sources)
-    if all(s == shapes[0] for s in shapes):
+    changed = {a for i, own in enumerate(shapes) for a in own if own[a] != layout.layer_sizes[sources[i]].get(a)}
+    stock = all(layout.proofs[a].stock for a in changed | shared.keys() if a in layout.proofs)
+    if stock and all(s == shapes[0] for s in shapes):
         # The layers' own sizes say what a config leaves open; where it says a size, that is what may have to change.
         said = {**layout.layer_sizes[sources[0]], **sizes_of(config, layout.keys)}
         try:
@@ -39,21 +42,76 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
         except ModelError:
             if plan.shape == "uniform":
                 raise
-    base = {k: getattr(config, k, None) for k in resize(config, layout.keys, shapes[0])}
-    overrides = {}
+    elif not stock and plan.shape == "uniform":
+        raise ModelError(f"a {config.model_type} config can not say these sizes", fix="--shape per-layer")
+    target = _build(config, {**data, **resize(config, layout.keys, shared)})
+    entries: PerLayer = {}
     for i, sizes in enumerate(shapes):
-        own = {k: v for k, v in resize(config, layout.keys, sizes).items() if v != base[k]}
-        if own:
-            overrides[i] = own
-    return _build(config, {**data, **resize(config, layout.keys, shared)}), overrides
+        own = block_entries(config, layout.keys, sizes)
+        entries[i] = {k: v for k, v in own.items() if v != getattr(target, k, None)}
+        entries[i] |= _heads_entry(layout, config, sources[i], plan.selection(i, layout))
+    _add_shapes(layout, plan, target, entries)
+    return target, {i: own for i, own in entries.items() if own}
+
+
+def _heads_entry(layout: Layout, config: PreTrainedConfig, source: int, keep: Selection) -> dict[str, Any]:
+    """Which heads a block keeps, by their index in the model as it was first, where arguments have an entry for each."""
+    if not layout.head_arguments:
+        return {}
+    sizes, total = layout.sizes_at(source), getattr(config, HEADS)
+    at = indices(parse("(kv query)").dims[0], sizes, keep, sizes["kv"] * sizes["query"])
+    before = layout.kept_heads.get(source) or list(range(total))
+    kept = before if at is None else [before[h] for h in at.tolist()]
+    return {} if len(kept) == total else {KEPT_HEADS: {"kept": kept, "of": total, "arguments": layout.head_arguments}}
+
+
+def rebuilt(
+    block: nn.Module, model: PreTrainedModel, layout: Layout, layer: int, keep: Selection, tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """A block of the class of `block`, cut: made from its own config and given these tensors, by their name inside it."""
+    config = model.config
+    sizes = {**layout.sizes_at(layer), **kept_sizes(keep)}
+    entries = {**block_entries(config, layout.keys, sizes), **_heads_entry(layout, config, layer, keep)}
+    with torch.device("meta"):
+        made = make_block(block, config, layer, entries)
+        shapes = {n: tuple(p.shape) for n, p in made.state_dict().items()}
+        fit_(made, {n: tuple(t.shape) for n, t in tensors.items() if shapes[n] != tuple(t.shape)})
+    for name, value in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        part = made.get_submodule(owner)
+        if leaf in part._parameters:
+            part._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        else:
+            part._buffers[leaf] = value
+    modeling.fill_buffers(model, made, next(block.parameters()).device)
+    return made
+
+
+def _add_shapes(layout: Layout, plan: Plan, target: PreTrainedConfig, entries: PerLayer) -> None:
+    """Note the tensors whose shape is another than the block's class gives them under the layer's config."""
+    made = modeling.skeleton(target, entries)
+    _, layers = modeling.blocks(made)
+    for i, layer in enumerate(plan.layers):
+        got = {n: tuple(p.shape) for n, p in layers[i].state_dict().items()}
+        sizes = plan.sizes(i, layout)
+        wanted = {}
+        for name in layout.block_tensors(layer.source):
+            dims = zip(layout.tensors[name].dims, layout.shapes[name], strict=True)
+            shape = tuple(n if not names(node) else size(node, sizes) or n for node, n in dims)
+            if got.get(layout.local(name)) not in (None, shape):
+                wanted[layout.local(name)] = shape
+        if wanted:
+            entries[i][SHAPES] = wanted
 
 
 def written_as(layout: Layout, config: PreTrainedConfig, sizes: Mapping[str, int], hidden: int | None) -> str | None:
     """The model type whose config can say a uniform shape: the family's own, a stand-in's, or None."""
     now = {a: n for a, n in sizes.items() if any(n != own.get(a) for own in layout.layer_sizes)}
-    changes = resize(config, layout.keys, now if hidden is None else {**now, "hidden": hidden})
+    now |= {} if hidden is None else {"hidden": hidden}
+    if not all(layout.proofs[a].stock for a in now if a in layout.proofs):
+        return None
     try:
-        return str(_build(config, {**config.to_dict(), **changes}).model_type)
+        return str(_build(config, {**config.to_dict(), **resize(config, layout.keys, now)}).model_type)
     except ModelError:
         return None
 

@@ -226,6 +226,16 @@ def test_unknown_names_meet_the_nearest_known_one() -> None:
         score(tiny.model("llama"), "flap", batches(4), axes=["layer"])
 
 
+def test_half_precision_loses_no_gradient_to_underflow(tmp_path: Path) -> None:
+    model = tiny.model("llama", num_hidden_layers=1, vocab_size=2000, max_position_embeddings=128)
+    path = tiny.save(model, tmp_path / "model")
+    ids = torch.randint(3, 2000, (128, 128), generator=torch.Generator().manual_seed(0))
+    settings = {"criterion": "taylor", "structures": ("ffn",), "calibration": ids, "batch": 32, "dry_run": True}
+    half, full = (tiny.cut(path, dtype=dtype, **settings).scores for dtype in ("float16", "float32"))
+    assert half is not None and full is not None
+    assert tiny.close(half.of[0, "ffn"], full.of[0, "ffn"], 0.01)
+
+
 @pytest.mark.parametrize("name", ["obs", "obs-fisher"])
 def test_second_order_refuses_channels_of_experts(name: str) -> None:
     with pytest.raises(UsageError, match="experts"):

@@ -34,9 +34,6 @@ HEADS, WIDTH = ("kv", "query"), ("kv", "query", "ffn")
 FLOOR: dict[str, tuple[str, ...]] = dict.fromkeys(tiny.FAMILIES, (*WIDTH, "hidden", "layer")) | {
     "llama-mha": ("kv", "ffn", "hidden", "layer"),
     "llama-mqa-tied": ("query", "ffn", "hidden", "layer"),
-    "gemma": (*WIDTH, "layer"),
-    "gemma2": (*WIDTH, "layer"),
-    "gemma3_text": (*WIDTH, "layer"),
     "gpt_neox": ("ffn", "layer"),
     "gpt2": ("ffn", "layer"),
     "bloom": ("layer",),
@@ -219,6 +216,13 @@ def test_a_cut_layer_is_a_skipped_layer(family: str) -> None:
     assert result.config.num_hidden_layers == len(kept)
     indices = [m.layer_idx for m in blocks(result)[1].modules() if isinstance(getattr(m, "layer_idx", None), int)]
     assert sorted(set(indices)) == (list(range(len(kept))) if indices else [])
+
+
+def test_a_list_as_long_as_the_model_is_not_taken_for_its_layers() -> None:
+    model = tiny.model("llama", eos_token_id=[2, 5, 6])
+    layout = proved_layout(model.config)
+    result = cut_model(model, layout, plan_of(layout, [LayerPlan(source=0), LayerPlan(source=2)]))
+    assert result.config.eos_token_id == [2, 5, 6]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -51,9 +51,9 @@ def loss_sum(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
 
-def mean_loss(model: PreTrainedModel) -> Tensor:
-    tokens = sum(b.input_ids[:, 1:].numel() for b in BATCHES)
-    return sum((loss_sum(model, b.input_ids) for b in BATCHES), torch.zeros(())) / tokens
+def mean_loss(model: PreTrainedModel, batches: list[Batch] = BATCHES) -> Tensor:
+    tokens = sum(b.input_ids[:, 1:].numel() for b in batches)
+    return sum((loss_sum(model, b.input_ids) for b in batches), torch.zeros(())) / tokens
 
 
 @pytest.mark.parametrize("axis", PARTS)
@@ -172,7 +172,7 @@ def test_hidden_channels_are_scored_by_what_all_blocks_hold_of_them() -> None:
     assert tiny.close(scores(model, "l1", ("hidden",)).of[None, "hidden"], want)
 
 
-def without(model: PreTrainedModel, gone: set[int]) -> float:
+def without(model: PreTrainedModel, gone: set[int], batches: list[Batch] = BATCHES) -> float:
     """Mean loss where some layers hand on what they are given."""
 
     def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
@@ -180,7 +180,7 @@ def without(model: PreTrainedModel, gone: set[int]) -> float:
 
     handles = [blocks(model)[1][i].register_forward_hook(skip, with_kwargs=True) for i in gone]
     with torch.no_grad():
-        loss = float(mean_loss(model))
+        loss = float(mean_loss(model, batches))
     for handle in handles:
         handle.remove()
     return loss
@@ -197,6 +197,19 @@ def test_the_perplexity_criterion_measures_again_after_each_removal(wanted: int)
     assert found.argsort()[: len(gone)].tolist() == gone
     for i in set(range(6)) - set(gone):
         assert abs(float(found[i]) - losses[i]) < 1e-5
+
+
+def test_the_search_goes_as_far_as_layers_really_go() -> None:
+    model = tiny.model("llama", num_hidden_layers=6, vocab_size=640)  # half of it is embeddings: a fifth is two layers and more
+    ids = tiny.tokens(4, 12)
+    plan = tiny.cut(
+        model, structures=("layer",), criterion="perplexity", of="params", remove=0.3, calibration=ids, dry_run=True
+    ).plan
+    gone: list[int] = []
+    while len(gone) < 6 - len(plan.layers):
+        losses = {i: without(model, {*gone, i}, [Batch(ids)]) for i in range(6) if i not in gone}
+        gone.append(min(losses, key=lambda i: losses[i]))
+    assert len(gone) > 3 and sorted(gone) == sorted(set(range(6)) - {layer.source for layer in plan.layers})
 
 
 def test_block_influence_is_how_far_a_layer_turns_its_input() -> None:

@@ -115,13 +115,15 @@ class Budget:
         n = max(s.get(axis, 1) for s in (self.layout.sizes_at(i) for i in range(self.layout.num_layers)))
         if not (axis.endswith("ffn") or axis == "hidden"):
             return 1
-        if self.align is not None:
-            return math.lcm(self.align, self.grain(axis))
         # Kernels like round numbers, and the budget wants fine steps: a power of two under 1% of the axis.
-        return max(self.grain(axis), min(64, 2 ** int(math.log2(max(1, n // 128)))))
+        fine = min(64, 2 ** int(math.log2(max(1, n // 128))))
+        return math.lcm(self.align or fine, self.grain(axis))
 
     def grain(self, axis: str) -> int:
-        """The multiple below which the pruned model would not run: grouped products of experts want rows of 16 bytes."""
+        """The multiple below which the pruned model would not run: grouped products of experts want rows of 16 bytes,
+        and a config without a head size of its own wants a hidden size that its heads divide."""
+        if axis == "hidden" and "d" not in self.layout.keys:
+            return max(s.get("kv", 1) * s.get("query", 1) for s in self.layout.layer_sizes)
         return 8 if axis in self._stacked and axis not in ("kv", "query") else 1
 
     def unreachable(self, most: float) -> UsageError:

@@ -9,12 +9,16 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 ```
 """
-_PER_LAYER = """The layers differ in size (`per_layer_config` in config.json). A stock `AutoModelForCausalLM.from_pretrained`
-refuses this checkpoint, because most of its models build all layers alike. Load it with pared:
+_PER_LAYER = """The layers have sizes of their own (`per_layer_config`, `per_layer_shapes` in config.json). A stock
+`AutoModelForCausalLM.from_pretrained` refuses this checkpoint, because its models build all layers alike. Load it with
+pared, or with the modelling file that lies beside the weights (read it first, it is short):
 
 ```python
 import pared
 model = pared.load("path/to/this/directory")   # an ordinary PreTrainedModel
+
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory", trust_remote_code=True)
 ```
 """
 

@@ -18,6 +18,7 @@ from pared.budget import Amount, Budget
 from pared.budget.uniform import Shape, allocate_uniform, layers_under
 from pared.checkpoint import Checkpoint, read_config
 from pared.errors import MissingError, ModelError, UsageError
+from pared.per_layer import PerLayer
 from pared.plan import to_ranges
 from pared.proof import proved_layout
 from pared.structure import Layout
@@ -32,7 +33,7 @@ class Described:
 
     name: str
     config: PreTrainedConfig
-    per_layer: modeling.PerLayer
+    per_layer: PerLayer
     layout: Layout
     dtype: torch.dtype
     nbytes: int | None

@@ -1,0 +1,242 @@
+"""Miniatures: small random instances of a model's own class, on which its structure is found out and proved."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pared import modeling
+from pared.errors import ModelError
+from pared.per_layer import HEADS, PER_LAYER, SHAPES
+from pared.structure import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, VOCAB, keep_layers, raw_key
+from pared.structure import HEADS as NUM_HEADS
+
+# Sizes of FFNs keep their config key as the axis name, but for these, which the field has shorter words for.
+AXIS_OF_KEY = {
+    "intermediate_size": "ffn",
+    "n_inner": "ffn",
+    "ffn_dim": "ffn",
+    "moe_intermediate_size": "expert_ffn",
+    "shared_expert_intermediate_size": "shared_ffn",
+    "num_local_experts": "expert",
+    "num_experts": "expert",
+    "n_routed_experts": "expert",
+    "moe_num_experts": "expert",
+}
+_NOT_MODEL = ("quantization_config", "auto_map", "torch_dtype", "dtype", PER_LAYER, SHAPES, HEADS)
+_VOCABULARY, _POSITIONS, _TOKENS = 128, 64, 12
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One way to shrink a config. head_dim: "set" to 16, "keep" what it says, or "wide": keep it and let hidden follow.
+
+    by: "parts", each size to a small one of its own, or "ratio", all heads and widths by one power of two.
+    """
+
+    head_dim: str
+    by: str
+    special_tokens: bool
+
+
+SCALES = [Scale(d, by, t) for t in (False, True) for d, by in (("set", "parts"), ("keep", "parts"), ("wide", "parts"))] + [
+    Scale("keep", "ratio", t) for t in (False, True)
+]
+
+
+@dataclass(frozen=True)
+class Miniature:
+    """A way to make small configs of one class that build and run: which layers are kept, and at what scale."""
+
+    config: PreTrainedConfig
+    layers: tuple[int, ...]
+    scale: Scale
+
+    def make(self, **sizes: int | None) -> PreTrainedConfig:
+        """A small config with the given entries changed. Raises what the config class raises on entries that do not fit."""
+        return _shrink(self.config, self.layers, self.scale, sizes)
+
+
+def find_miniature(config: PreTrainedConfig, kinds: Iterable[Any]) -> Miniature:
+    """The smallest instance that holds every kind of block of the model, builds, and gives finite logits.
+
+    kinds: of each layer of the model, as `kind_of` gives them. ModelError where there is none.
+    """
+    wanted = list(kinds)
+    reasons: dict[str, None] = {}
+    for layers in _choices(wanted):
+        for scale in SCALES:
+            small = Miniature(config, layers, scale)
+            try:
+                made = small.make()
+                missing = set(wanted) - set(kinds_of(modeling.skeleton(made)))
+                if missing:
+                    reasons["some kinds of blocks are missing in it"] = None
+                    break  # another scale does not bring them back
+                check_runs(made)
+                return small
+            except (*modeling.REJECTED, ModelError, RuntimeError, IndexError, NotImplementedError, AssertionError) as error:
+                reasons[f"{error.what if isinstance(error, ModelError) else error}".splitlines()[0]] = None
+    raise ModelError(
+        f"no small instance of this model can be made to prove its structure on: {next(iter(reasons), 'it has no layers')}",
+        where=f"model type {config.model_type!r}",
+    )
+
+
+def _choices(kinds: list[Any]) -> Iterator[tuple[int, ...]]:
+    """Sets of layers to keep, the smaller first: from the front, or one of each kind."""
+    first_of_each = tuple(sorted({k: i for i, k in reversed(list(enumerate(kinds)))}.values()))
+    seen: set[tuple[int, ...]] = set()
+    for n in (2, 3, 4, 6, 8, 12):
+        front = tuple(range(min(n, len(kinds))))
+        spread = tuple(sorted({*first_of_each, *front[: max(0, n - len(first_of_each))]}))
+        for layers in (front, spread):
+            if layers and len(layers) <= max(n, 2) and layers not in seen:
+                seen.add(layers)
+                yield layers
+
+
+def kinds_of(model: PreTrainedModel) -> list[tuple[Any, ...]]:
+    """What kind of block each layer is: its tensors and its entry in every list of the config with one for each layer."""
+    _, layers = modeling.blocks(model)
+    data = model.config.get_text_config().to_dict()
+    lists = [v for k, v in data.items() if _names_kinds(k, v, len(layers))]
+    return [(tuple(layer.state_dict()), *(str(v[i]) for v in lists)) for i, layer in enumerate(layers)]
+
+
+def _names_kinds(key: str, value: Any, layers: int) -> bool:
+    # Lists of numbers are sizes, or the layers' own indices; kinds have names, or are a flag.
+    return (
+        isinstance(value, list)
+        and len(value) == layers
+        and "token" not in key
+        and all(isinstance(v, str | bool) for v in value)
+    )
+
+
+def _shrink(config: PreTrainedConfig, layers: tuple[int, ...], scale: Scale, sizes: dict[str, int | None]) -> PreTrainedConfig:
+    total = config.num_hidden_layers
+    data = keep_layers({k: v for k, v in config.to_dict().items() if k not in _NOT_MODEL}, list(layers), total)
+    small = _ratio(config, data) if scale.by == "ratio" else _parts(config, data, scale)
+    small |= {raw_key(config, VOCAB): _VOCABULARY, raw_key(config, LAYERS): len(layers)}
+    for key, value in data.items():
+        if key.endswith("_token_id"):
+            small[key] = (min(1, value) if isinstance(value, int) else value) if scale.special_tokens else None
+        elif AXIS_OF_KEY.get(key) == "expert" and isinstance(value, int):
+            small[key] = min(value, 4)
+        elif key in ("num_experts_per_tok", "moe_k") and value:
+            small[key] = min(value, 2)
+        elif key.endswith("sliding_window") and value:
+            small[key] = 8
+        elif key.startswith("rope_") and isinstance(value, dict):
+            small[key] = _plain_rope(value)
+    small["max_position_embeddings"] = _POSITIONS
+    wanted = {**data, **small, **sizes}
+    try:
+        return type(config).from_dict(wanted)
+    except AttributeError:  # head_dim is computed, and can not be set
+        return type(config).from_dict({k: v for k, v in wanted.items() if k != HEAD_DIM})
+
+
+def _parts(config: PreTrainedConfig, data: dict[str, Any], scale: Scale) -> dict[str, Any]:
+    heads, kv = getattr(config, NUM_HEADS, None), getattr(config, KV_HEADS, None)
+    grouped = bool(kv) and kv != heads
+    n = 4 if not grouped or kv == 1 else 8
+    small: dict[str, Any] = {raw_key(config, HIDDEN): 96, raw_key(config, NUM_HEADS): n}
+    if scale.head_dim == "set":
+        small[HEAD_DIM] = 16
+    elif scale.head_dim == "wide" and heads:
+        small[raw_key(config, HIDDEN)] = n * (getattr(config, HIDDEN) // heads)
+    if kv:
+        small[raw_key(config, KV_HEADS)] = min(4, kv) if kv == 1 else 4
+    small.update({k: 80 for k, v in data.items() if _is_width(k) and isinstance(v, int)})
+    return small
+
+
+def _is_width(key: str) -> bool:
+    """Whether a config key says the width of an FFN."""
+    return AXIS_OF_KEY.get(key, "expert") != "expert" or any(w in key for w in ("ffn", "intermediate", "inner"))
+
+
+def _ratio(config: PreTrainedConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """Heads and widths by one power of two, so that what is said of one in terms of another stays true."""
+    widths = {raw_key(config, HIDDEN), *(k for k in AXIS_OF_KEY if AXIS_OF_KEY[k] != "expert"), "mamba_d_ssm", "lru_width"}
+    scaled = {
+        k: v for k, v in data.items() if isinstance(v, int) and v > 1 and (k in widths or k.endswith(("heads", "n_head")))
+    }
+    hidden = scaled.get(raw_key(config, HIDDEN), 0)
+    by = max(1, math.gcd(*scaled.values())) if scaled else 1
+    by = min(by & -by, max(1, hidden // 128))
+    by = 1 << (by.bit_length() - 1)
+    # Two of everything have to stay, or nothing could be removed.
+    while by > 1 and any(v // by < 2 for v in scaled.values()):
+        by //= 2
+    return {k: v // by for k, v in scaled.items()}
+
+
+def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings without length scaling, whose factor lists depend on the head size."""
+    if any(isinstance(v, dict) for v in rope.values()):
+        return {k: _plain_rope(v) if isinstance(v, dict) else v for k, v in rope.items()}
+    return {k: v for k, v in rope.items() if k in ("rope_theta", "partial_rotary_factor")} | {"rope_type": "default"}
+
+
+def probe_ids(rows: int = 2) -> Tensor:
+    """Token ids int64 [rows, length] that every miniature knows, none of them special."""
+    return torch.randint(3, 120, (rows, _TOKENS), generator=torch.Generator().manual_seed(2))
+
+
+def check_runs(config: PreTrainedConfig) -> None:
+    """ModelError unless the random instance of this config gives logits that mean something."""
+    with torch.no_grad():
+        logits = random_model(config)(input_ids=probe_ids(), use_cache=False).logits
+    if not torch.isfinite(logits).all() or float(logits.std()) < 1e-3:
+        raise ModelError("the random instance gives no meaningful logits")
+
+
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The random instance of a config, the same each time; not to be changed."""
+    return _random(config.model_type, config.to_json_string(use_diff=False))
+
+
+@lru_cache(maxsize=4)
+def _random(model_type: str, text: str) -> PreTrainedModel:
+    config, _ = modeling.make_config({**json.loads(text), "model_type": model_type})
+    state = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(0)
+        return _filled(modeling.skeleton(config, dtype=torch.float32).to_empty(device="cpu"))
+    finally:
+        torch.random.set_rng_state(state)
+
+
+def _filled(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights of a size at which every part matters to the logits (fresh initialisation is near zero)."""
+    for name, p in model.named_parameters():
+        with torch.no_grad():
+            if p.ndim >= 2:
+                p.normal_(0, p.shape[-1] ** -0.5)
+            else:
+                p.normal_(1.0 if name.endswith("weight") else 0.0, 0.1)
+    for name, b in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        if b.is_floating_point() and leaf not in model.get_submodule(owner)._non_persistent_buffers_set:
+            with torch.no_grad():
+                b.normal_(0, 0.1)
+    model.tie_weights()
+    for module in model.modules():
+        module._is_hf_initialized = False  # type: ignore[assignment]
+    with torch.no_grad():
+        for p in model.parameters():
+            p._is_hf_initialized = True  # type: ignore[attr-defined]
+        for module in model.modules():
+            model._init_weights(module)
+    return model.eval()

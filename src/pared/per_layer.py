@@ -1,0 +1,189 @@
+"""Causal language models whose decoder blocks differ in size.
+
+Each block is made by its own class from its own config (`per_layer_config`). Where a class ties one size to another
+(GPT-2's heads to its hidden size), the modules in it that hold tensors are then made anew in the shapes that
+`per_layer_shapes` gives, and arguments with an entry for each head (ALiBi slopes) are reduced to the heads that
+`per_layer_heads` says are left. This file needs torch and transformers alone: per-layer checkpoints carry a copy of it,
+followed by two classes, for `trust_remote_code`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+# Entries of config.json: layer -> config entries; layer -> tensor in the block -> shape; and what became of the heads:
+# {"of": heads of the model, "arguments": {argument of a block: its dimension with heads}, "kept": layer -> indices}.
+PER_LAYER, SHAPES, HEADS = "per_layer_config", "per_layer_shapes", "per_layer_heads"
+
+# layer -> its entries of PER_LAYER, and under SHAPES and HEADS those of the other two.
+PerLayer = dict[int, dict[str, Any]]
+
+
+def split(data: Mapping[str, Any]) -> tuple[dict[str, Any], PerLayer]:
+    """config.json entries without the per-layer ones, and these by layer."""
+    rest = dict(data)
+    entries = {int(i): dict(own) for i, own in (rest.pop(PER_LAYER, None) or {}).items()}
+    for i, shapes in (rest.pop(SHAPES, None) or {}).items():
+        entries.setdefault(int(i), {})[SHAPES] = {n: tuple(s) for n, s in shapes.items()}
+    heads = rest.pop(HEADS, None) or {"kept": {}}
+    for i, kept in heads["kept"].items():
+        entries.setdefault(int(i), {})[HEADS] = {"kept": list(kept), "of": heads["of"], "arguments": heads["arguments"]}
+    return rest, entries
+
+
+def join(per_layer: PerLayer) -> dict[str, Any]:
+    """The entries of config.json that say this."""
+    own = {str(i): {k: v for k, v in e.items() if k not in (SHAPES, HEADS)} for i, e in sorted(per_layer.items())}
+    out: dict[str, Any] = {PER_LAYER: {i: e for i, e in own.items() if e}}
+    if shapes := {str(i): {n: list(s) for n, s in e[SHAPES].items()} for i, e in sorted(per_layer.items()) if SHAPES in e}:
+        out[SHAPES] = shapes
+    if heads := {i: e[HEADS] for i, e in sorted(per_layer.items()) if HEADS in e}:
+        first = next(iter(heads.values()))
+        kept = {str(i): h["kept"] for i, h in heads.items()}
+        out[HEADS] = {"of": first["of"], "arguments": first["arguments"], "kept": kept}
+    return {k: v for k, v in out.items() if v}
+
+
+def layer_config(config: PreTrainedConfig, entries: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config that one block is made from."""
+    own = copy.copy(config)
+    own.__dict__.pop("_heterogeneity_spec", None)
+    for key, value in entries.items():
+        if key not in ("skip", SHAPES, HEADS):
+            setattr(own, key, value)
+    return own
+
+
+def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks and its name, found as the module list that has one entry for each layer.
+
+    Raises LookupError where there is none.
+    """
+    wanted = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
+    if not found:
+        raise LookupError(f"no list of {wanted} decoder blocks in {type(model).__name__}")
+    return min(found, key=lambda item: item[0].count("."))
+
+
+def make_block(like: nn.Module, config: PreTrainedConfig, index: int, entries: Mapping[str, Any]) -> nn.Module:
+    """A decoder block of the class of `like`, in the sizes that the layer's entries give it."""
+    own = layer_config(config, entries)
+    takes = [p.name for p in list(inspect.signature(type(like).__init__).parameters.values())[1:]]
+    block: nn.Module = type(like)(own) if len(takes) == 1 else type(like)(own, index)
+    fit_(block, entries.get(SHAPES, {}))
+    if heads := entries.get(HEADS):
+        keep_heads_(block, heads["kept"], heads["of"], heads["arguments"])
+    return block.eval()
+
+
+def fit_(block: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Make the modules that hold the named tensors anew in other shapes, in place."""
+    owners: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        owner, _, leaf = name.rpartition(".")
+        owners.setdefault(owner, {})[leaf] = tuple(shape)
+    for owner, wanted in owners.items():
+        parent, _, leaf = owner.rpartition(".")
+        module = block.get_submodule(owner)
+        if owner:
+            setattr(block.get_submodule(parent), leaf, _resized(module, wanted))
+        else:
+            _resized(module, wanted)
+
+
+def _resized(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
+    weight = module._parameters.get("weight")
+    if weight is not None and "weight" in shapes:
+        bias, shape = module._parameters.get("bias") is not None, shapes["weight"]
+        with torch.device(weight.device):
+            if isinstance(module, nn.Linear):
+                return type(module)(shape[1], shape[0], bias=bias).to(weight.dtype)
+            if type(module).__name__ == "Conv1D":  # transformers' transposed linear
+                return type(module)(shape[1], shape[0]).to(weight.dtype)
+            if type(module) is nn.LayerNorm:
+                return nn.LayerNorm(shape, module.eps, bias=bias).to(weight.dtype)
+    for leaf, shape in shapes.items():
+        old = module.get_parameter(leaf) if leaf in module._parameters else module.get_buffer(leaf)
+        new = torch.empty(shape, dtype=old.dtype, device=old.device)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(new, requires_grad=old.requires_grad)
+        else:
+            module._buffers[leaf] = new
+    return module
+
+
+def keep_heads_(block: nn.Module, kept: list[int], total: int, arguments: Mapping[str, int]) -> None:
+    """Have a block see only some heads of the arguments that have an entry for each of `total`, in the given dimension."""
+    index = torch.tensor(kept, device="cpu")
+
+    def narrow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for name, dim in arguments.items():
+            if kwargs.get(name) is not None:
+                kwargs = {**kwargs, name: _heads(kwargs[name], dim, index, total)}
+        return args, kwargs
+
+    block.register_forward_pre_hook(narrow, with_kwargs=True)
+
+
+def _heads(value: Tensor, dim: int, index: Tensor, total: int) -> Tensor:
+    # A dimension may hold the heads of every sequence of a batch, one sequence behind the other.
+    apart = value.unflatten(dim, (-1, total))
+    return apart.index_select(dim + 1, index.to(value.device)).flatten(dim, dim + 1)
+
+
+def build_layers_(model: PreTrainedModel, per_layer: PerLayer) -> None:
+    """Replace the blocks that have entries of their own."""
+    _, layers = blocks(model)
+    for i, entries in sorted(per_layer.items()):
+        layers[i] = make_block(layers[i], model.config, i, entries)
+
+
+class PerLayerConfigMixin:
+    """For a subclass of a config class: carries the per-layer entries, and lets the model's own code read global values."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        rest, per_layer = split(config_dict)
+        loaded = super().from_dict(rest, **kwargs)  # type: ignore[misc]
+        attach(loaded[0] if isinstance(loaded, tuple) else loaded, per_layer)
+        return loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        data = super().to_dict()  # type: ignore[misc]
+        # Permission to read global values is for the live object: in config.json it would let a stock transformers
+        # build uniform layers without a word.
+        data.pop("allow_global_per_layer_attribute_access", None)
+        return data
+
+
+def attach(config: PreTrainedConfig, per_layer: PerLayer) -> None:
+    """Make a config carry the per-layer entries."""
+    config.allow_global_per_layer_attribute_access = True
+    for key, value in join(per_layer).items():
+        setattr(config, key, value)
+
+
+class PerLayerModelMixin:
+    """For a subclass of a model class whose config is a PerLayerConfigMixin: builds the blocks in their own sizes."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        _, per_layer = split(config.to_dict())
+        build_layers_(self, per_layer)  # type: ignore[arg-type]
+        for i in per_layer:
+            block = blocks(self)[1][i]  # type: ignore[arg-type]
+            if not any(p.is_meta for p in block.parameters()):
+                block.apply(self._init_weights)  # type: ignore[attr-defined]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # transformers leaves out a family's renaming of tensors for custom code; the blocks here are the family's own.
+        return False
