@@ -15,7 +15,8 @@ import pared
 import tiny
 from pared.checkpoint import Checkpoint
 from pared.errors import ModelError
-from pared.modeling import PER_LAYER, blocks, expected_tensors, make_config, skeleton
+from pared.modeling import blocks, expected_tensors, make_config, skeleton
+from pared.per_layer import PER_LAYER
 
 STOCK = ["llama", "llama-mqa-tied", "llama-biases", "qwen2", "gemma2", "gpt2", "gpt_neox", "bloom", "phi3", "mixtral"]
 UNLIKE = ["llama", "llama-mqa-tied", "gemma2", "phi3", "olmo2", "gpt2", "mixtral"]

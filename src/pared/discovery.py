@@ -9,6 +9,7 @@ unit of a consumer's input does (`pared.silence`). Where several layouts remain,
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pared import modeling
 from pared.axes import Name, Signature, count, parse
 from pared.errors import ModelError
-from pared.miniature import AXIS_OF_KEY, Miniature, find_miniature, kinds_of
+from pared.miniature import AXIS_OF_KEY, Miniature, find_miniature, kind_keys, kinds_of
 from pared.per_layer import HEADS as KEPT_HEADS
 from pared.per_layer import PerLayer, layer_config
 from pared.silence import Tied, head_arguments, tied_axes
@@ -50,11 +51,19 @@ class Discovered:
 
 def discover(config: PreTrainedConfig, per_layer: PerLayer | None = None) -> tuple[Layout, Discovered]:
     """The unproved layout of a model with this config, and the small instance on which it can be proved."""
-    model = modeling.skeleton(config)
-    found = _probe(find_miniature(config, kinds_of(model)))
-    if per_layer:
-        model = modeling.skeleton(config, per_layer)
-    return assemble(config, per_layer or {}, found, model), found
+    found = _probe(miniature_of(config))
+    return assemble(config, per_layer or {}, found, modeling.skeleton(config, per_layer)), found
+
+
+@lru_cache(maxsize=8)
+def _miniature(model_type: str, text: str) -> Miniature:
+    config, _ = modeling.make_config({**json.loads(text), "model_type": model_type})
+    return find_miniature(config, kinds_of(modeling.skeleton(config), kind_keys(config)))
+
+
+def miniature_of(config: PreTrainedConfig) -> Miniature:
+    """The way to make small instances of this model that hold every kind of its blocks."""
+    return _miniature(config.model_type, json.dumps(config.to_dict(), default=str))
 
 
 def assemble(config: PreTrainedConfig, per_layer: PerLayer, found: Discovered, model: PreTrainedModel) -> Layout:
@@ -73,9 +82,10 @@ def assemble(config: PreTrainedConfig, per_layer: PerLayer, found: Discovered, m
             options = by_local.get(name[len(start) :].split(".", 1)[1], set())
         else:
             options = set(found.candidates.get(name, ())[:1])
-        if len(options) != 1:
-            options = {" ".join("_" * value.ndim)}
-        tensors[name] = parse(next(iter(options)))
+        signature = parse(next(iter(options))) if len(options) == 1 else None
+        if signature is None or (not name.startswith(start) and signature.axes & {"kv", "query", "d"}):
+            signature = parse(" ".join("_" * value.ndim))
+        tensors[name] = signature
     here = {n: s for n, s in tensors.items() if not n.startswith(start)}
     outside = {**{a: n for a, n in sizes_of(config, found.keys).items() if a in ("hidden", "vocab")}, **_implied(here, shapes)}
     layer_sizes = []
@@ -167,20 +177,23 @@ def _probe(small: Miniature) -> Discovered:
     # Sizes that a config leaves open get one of their own here, or they could not be told from what they follow.
     left_open = {k: 80 for k in keys.values() if getattr(base, k, None) is None and k not in (HEAD_DIM, KV_HEADS)}
     base = small.make(**left_open) if left_open else base
-    samples = _samples(small, base, left_open, keys)
-    best = _explain(base, keys, samples)
-    if "kv" not in keys and "d" not in keys and getattr(base, HEADS, None):
-        # One KV head for all query heads, though no key counts it.
-        other = {**keys, "query": HEADS}
-        shared = _explain(base, other, _samples(small, base, left_open, other))
-        best = min((best, shared), key=lambda found: len(found.unexplained))
-    if not getattr(base, HEADS, None):
-        return best
-    model = modeling.skeleton(base)
-    tied = tied_axes(best.config, assemble(base, {}, best, model), best.candidates, "d" not in best.keys)
-    return replace(
-        best, candidates=_narrowed(best, tied), unexplained=_left(best, tied), head_arguments=head_arguments(small, base)
+    best = min(
+        (_explain(base, read, _samples(small, base, left_open, read)) for read in _readings(small.config, base, keys)),
+        key=lambda found: len(found.unexplained),
     )
+    tied = tied_axes(base, assemble(base, {}, best, modeling.skeleton(base)), best.candidates)
+    arguments = head_arguments(small, base) if getattr(base, HEADS, None) else {}
+    return replace(best, candidates=_narrowed(best, tied), unexplained=_left(best, tied), head_arguments=arguments)
+
+
+def _readings(config: PreTrainedConfig, base: PreTrainedConfig, keys: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The ways in which the heads of a model may be counted; the first that explains every tensor is taken."""
+    yield keys
+    if "d" in keys and not config.to_dict().get(HEAD_DIM):
+        # Parts of the class follow a head size that the config does not name, others the hidden size.
+        yield {a: k for a, k in keys.items() if a != "d"}
+    if "kv" not in keys and "d" not in keys and getattr(base, HEADS, None):
+        yield {**keys, "query": HEADS}  # one KV head for all query heads, though no key counts it
 
 
 def _narrowed(found: Discovered, tied: Tied) -> dict[str, list[str]]:

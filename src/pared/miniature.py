@@ -70,23 +70,28 @@ def find_miniature(config: PreTrainedConfig, kinds: Iterable[Any]) -> Miniature:
 
     kinds: of each layer of the model, as `kind_of` gives them. ModelError where there is none.
     """
-    wanted = list(kinds)
+    wanted, keys = list(kinds), kind_keys(config)
     reasons: dict[str, None] = {}
+    complete = False
     for layers in _choices(wanted):
+        if complete:
+            break  # it holds every kind and does not run: more layers would not either
         for scale in SCALES:
             small = Miniature(config, layers, scale)
             try:
                 made = small.make()
-                missing = set(wanted) - set(kinds_of(modeling.skeleton(made)))
-                if missing:
+                got = kinds_of(modeling.skeleton(made), keys)
+                if set(wanted) - set(got) or (wanted[-1] in wanted[-2:-1] and len(got) > 1 and got[-1] != got[-2]):
+                    # Another scale does not bring them back. (A single layer of the last kind could not be removed.)
                     reasons["some kinds of blocks are missing in it"] = None
-                    break  # another scale does not bring them back
+                    break
+                complete = True
                 check_runs(made)
                 return small
             except (*modeling.REJECTED, ModelError, RuntimeError, IndexError, NotImplementedError, AssertionError) as error:
                 reasons[f"{error.what if isinstance(error, ModelError) else error}".splitlines()[0]] = None
     raise ModelError(
-        f"no small instance of this model can be made to prove its structure on: {next(iter(reasons), 'it has no layers')}",
+        f"no small instance of this model can be made to prove its structure on: {next(reversed(reasons), 'it has no layers')}",
         where=f"model type {config.model_type!r}",
     )
 
@@ -104,22 +109,21 @@ def _choices(kinds: list[Any]) -> Iterator[tuple[int, ...]]:
                 yield layers
 
 
-def kinds_of(model: PreTrainedModel) -> list[tuple[Any, ...]]:
-    """What kind of block each layer is: its tensors and its entry in every list of the config with one for each layer."""
+def kind_keys(config: PreTrainedConfig) -> list[str]:
+    """The config's lists with the kind of each layer. Kinds have names or are a flag; numbers are sizes or indices."""
+    data = config.to_dict()
+    return [
+        k
+        for k, v in data.items()
+        if isinstance(v, list) and len(v) == config.num_hidden_layers and all(isinstance(x, str | bool) for x in v)
+    ]
+
+
+def kinds_of(model: PreTrainedModel, keys: Iterable[str]) -> list[tuple[Any, ...]]:
+    """What kind of block each layer is: its tensors, and its entry in the named lists of the config."""
     _, layers = modeling.blocks(model)
-    data = model.config.get_text_config().to_dict()
-    lists = [v for k, v in data.items() if _names_kinds(k, v, len(layers))]
-    return [(tuple(layer.state_dict()), *(str(v[i]) for v in lists)) for i, layer in enumerate(layers)]
-
-
-def _names_kinds(key: str, value: Any, layers: int) -> bool:
-    # Lists of numbers are sizes, or the layers' own indices; kinds have names, or are a flag.
-    return (
-        isinstance(value, list)
-        and len(value) == layers
-        and "token" not in key
-        and all(isinstance(v, str | bool) for v in value)
-    )
+    lists = [getattr(model.config, k) or [] for k in keys]
+    return [(tuple(layer.state_dict()), *(str(v[i : i + 1]) for v in lists)) for i, layer in enumerate(layers)]
 
 
 def _shrink(config: PreTrainedConfig, layers: tuple[int, ...], scale: Scale, sizes: dict[str, int | None]) -> PreTrainedConfig:
@@ -127,11 +131,13 @@ def _shrink(config: PreTrainedConfig, layers: tuple[int, ...], scale: Scale, siz
     data = keep_layers({k: v for k, v in config.to_dict().items() if k not in _NOT_MODEL}, list(layers), total)
     small = _ratio(config, data) if scale.by == "ratio" else _parts(config, data, scale)
     small |= {raw_key(config, VOCAB): _VOCABULARY, raw_key(config, LAYERS): len(layers)}
+    # Routers that choose groups first want two experts in each.
+    experts = max(4, *(2 * v for k, v in data.items() if k.startswith("n_group") and isinstance(v, int)), 4)
     for key, value in data.items():
         if key.endswith("_token_id"):
             small[key] = (min(1, value) if isinstance(value, int) else value) if scale.special_tokens else None
         elif AXIS_OF_KEY.get(key) == "expert" and isinstance(value, int):
-            small[key] = min(value, 4)
+            small[key] = min(value, experts)
         elif key in ("num_experts_per_tok", "moe_k") and value:
             small[key] = min(value, 2)
         elif key.endswith("sliding_window") and value:
@@ -157,7 +163,7 @@ def _parts(config: PreTrainedConfig, data: dict[str, Any], scale: Scale) -> dict
         small[raw_key(config, HIDDEN)] = n * (getattr(config, HIDDEN) // heads)
     if kv:
         small[raw_key(config, KV_HEADS)] = min(4, kv) if kv == 1 else 4
-    small.update({k: 80 for k, v in data.items() if _is_width(k) and isinstance(v, int)})
+    small.update({k: 80 for k, v in data.items() if _is_width(k) and isinstance(v, int) and v > 0})
     return small
 
 
@@ -186,7 +192,7 @@ def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings without length scaling, whose factor lists depend on the head size."""
     if any(isinstance(v, dict) for v in rope.values()):
         return {k: _plain_rope(v) if isinstance(v, dict) else v for k, v in rope.items()}
-    return {k: v for k, v in rope.items() if k in ("rope_theta", "partial_rotary_factor")} | {"rope_type": "default"}
+    return {k: v for k, v in rope.items() if not isinstance(v, list)} | {"rope_type": "default"}
 
 
 def probe_ids(rows: int = 2) -> Tensor:
@@ -204,7 +210,7 @@ def check_runs(config: PreTrainedConfig) -> None:
 
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The random instance of a config, the same each time; not to be changed."""
-    return _random(config.model_type, config.to_json_string(use_diff=False))
+    return _random(config.model_type, json.dumps(config.to_dict(), default=str))
 
 
 @lru_cache(maxsize=4)

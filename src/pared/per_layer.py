@@ -74,14 +74,34 @@ def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def make_block(like: nn.Module, config: PreTrainedConfig, index: int, entries: Mapping[str, Any]) -> nn.Module:
-    """A decoder block of the class of `like`, in the sizes that the layer's entries give it."""
-    own = layer_config(config, entries)
-    takes = [p.name for p in list(inspect.signature(type(like).__init__).parameters.values())[1:]]
-    block: nn.Module = type(like)(own) if len(takes) == 1 else type(like)(own, index)
-    fit_(block, entries.get(SHAPES, {}))
+    """A decoder block of the class of `like`, in the sizes that the layer's entries give it.
+
+    A layer's own hidden size is what its heads add up to, and concerns the parts that hold heads. A part that comes out
+    in the wanted shapes with the model's hidden size is made with that.
+    """
+    shapes, hidden = entries.get(SHAPES, {}), config.attribute_map.get("hidden_size", "hidden_size")
+    block = _made(like, layer_config(config, entries), index)
+    if hidden in entries:
+        wanted = {**_shapes(block), **shapes}
+        plain = _made(like, layer_config(config, {k: v for k, v in entries.items() if k != hidden}), index)
+        fits = {n for n, shape in _shapes(plain).items() if wanted[n] == shape}
+        for name, part in list(plain.named_children()):
+            if all(f"{name}.{n}" in fits for n in part.state_dict()):
+                setattr(block, name, part)
+    now = _shapes(block)
+    fit_(block, {n: shape for n, shape in shapes.items() if now[n] != tuple(shape)})
     if heads := entries.get(HEADS):
         keep_heads_(block, heads["kept"], heads["of"], heads["arguments"])
     return block.eval()
+
+
+def _made(like: nn.Module, config: PreTrainedConfig, index: int) -> nn.Module:
+    takes = [p.name for p in list(inspect.signature(type(like).__init__).parameters.values())[1:]]
+    return type(like)(config) if len(takes) == 1 else type(like)(config, index)
+
+
+def _shapes(block: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {n: tuple(t.shape) for n, t in block.state_dict().items()}
 
 
 def fit_(block: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -108,6 +128,9 @@ def _resized(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Mod
                 return type(module)(shape[1], shape[0], bias=bias).to(weight.dtype)
             if type(module).__name__ == "Conv1D":  # transformers' transposed linear
                 return type(module)(shape[1], shape[0]).to(weight.dtype)
+            if isinstance(module, nn.Conv1d) and module.groups == module.out_channels:  # each channel on its own
+                n, settings = shape[0], (module.stride, module.padding, module.dilation)
+                return nn.Conv1d(n, n, shape[2], *settings, groups=n, bias=bias).to(weight.dtype)  # type: ignore[arg-type]
             if type(module) is nn.LayerNorm:
                 return nn.LayerNorm(shape, module.eps, bias=bias).to(weight.dtype)
     for leaf, shape in shapes.items():

@@ -40,7 +40,8 @@ def _proved(model_type: str, config_text: str, per_layer_text: str) -> Layout:
     per_layer = {int(k): v for k, v in json.loads(per_layer_text).items()}
     layout, found = discover(config, per_layer)
     chosen, proofs = prove(found)
-    return replace(with_signatures(layout, chosen), proofs=proofs)
+    fixed = layout.before_another_kind() if proofs["layer"].tail else frozenset()
+    return replace(with_signatures(layout, chosen), proofs=proofs, fixed_layers=fixed)
 
 
 def prove(found: Discovered) -> tuple[dict[str, str], dict[str, Proof]]:
@@ -84,10 +85,16 @@ def prunable_axes(layout: Layout) -> list[str]:
 def _attempt(model: PreTrainedModel, layout: Layout, axis: str, found: Discovered) -> Proof:
     """Prove one axis as a stock config says it, or else in the per-layer form."""
     first = _tried(model, layout, axis, found, stock=True)
-    if first.holds or axis == "layer":
+    if first.holds:
         return first
+    if axis == "layer":
+        fixed = layout.before_another_kind()
+        if not fixed or len(fixed) >= layout.num_layers - 1:
+            return first
+        second = _tried(model, replace(layout, fixed_layers=fixed), axis, found, stock=True)
+        return replace(second, tail=True) if second.holds else first
     second = _tried(model, layout, axis, found, stock=False)
-    return second
+    return second if second.holds else first
 
 
 def _tried(model: PreTrainedModel, layout: Layout, axis: str, found: Discovered, *, stock: bool) -> Proof:
@@ -122,7 +129,8 @@ def trial_plan(layout: Layout, axis: str) -> Plan:
     layers = [LayerPlan(source=i) for i in range(layout.num_layers)]
     hidden = None
     if axis == "layer":
-        layers = [layer for layer in layers if layer.source != layout.num_layers // 2]
+        going = next(i for i in range(layout.num_layers // 2, layout.num_layers) if i not in layout.fixed_layers)
+        layers = [layer for layer in layers if layer.source != going]
     elif axis == "hidden":
         hidden = to_ranges(some(layout.sizes["hidden"], layout.sizes["hidden"] * 3 // 4).tolist())
     else:
@@ -202,11 +210,16 @@ def _restrict_norms(reference: PreTrainedModel, cut: PreTrainedModel, layout: La
             with torch.no_grad():
                 for leaf, p in twin.named_parameters(recurse=False):
                     p.copy_(own[f"{name}.{leaf}"][kept])
-            _see_only(module, twin, kept)
+            full = own[next(iter(own))].shape[0] if own else layout.sizes["hidden"]
+            _see_only(module, twin, kept, full)
 
 
-def _see_only(module: nn.Module, twin: nn.Module, kept: Tensor) -> None:
+def _see_only(module: nn.Module, twin: nn.Module, kept: Tensor, full: int) -> None:
+    original = module.forward
+
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if x.shape[-1] != full:  # a norm without weights, over something else
+            return original(x, *args, **kwargs)
         out = torch.zeros_like(x)
         out[..., kept] = twin(x[..., kept], *args, **kwargs)
         return out

@@ -274,6 +274,8 @@ def _budget(source: Source, recipe: Recipe, axes: tuple[str, ...], share: float)
             f"all of the {n} layers are protected", where="--keep-first / --keep-last", fix=f"their sum must be below {n}"
         )
     protected = frozenset([*range(recipe.keep_first), *range(n - recipe.keep_last, n)])
+    if "layer" in axes:
+        protected |= layout.fixed_layers
     writable = functools.partial(written_as, layout, source.config) if recipe.shape == "uniform" else None
     return Budget(layout, amount, axes, protected, recipe.align, recipe.context, source.experts_used, writable)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pared import modeling
-from pared.axes import Signature, coordinates, parse, size
+from pared.axes import Signature, coordinates, names, parse, size
 from pared.miniature import Miniature, probe_ids, random_model
 from pared.per_layer import blocks
 from pared.structure import HEADS, Layout, raw_key
@@ -29,11 +29,10 @@ _FFN = [parse(t) for t in ("ffn", "[ffn | ffn]", "(ffn 2)")]
 _HIDDEN, _UNKNOWN = parse("hidden").dims[0], parse("_").dims[0]
 
 
-def tied_axes(config: PreTrainedConfig, layout: Layout, candidates: Mapping[str, list[str]], tied_heads: bool) -> Tied:
+def tied_axes(config: PreTrainedConfig, layout: Layout, candidates: Mapping[str, list[str]]) -> Tied:
     """What can be said of dimensions that shapes leave open, in the random instance of `config`, whose layout this is.
 
-    tied_heads: heads have no size of their own in the config, so that every hidden-sized dimension may hold heads.
-    An FFN whose width no key of the config says is found here too, as the axis "ffn".
+    Where heads have no size of their own in the config, every hidden-sized dimension may hold heads. An FFN whose width no key of the config says is found here too, as the axis "ffn".
     """
     model = random_model(config)
     out: Tied = {}
@@ -47,9 +46,14 @@ def tied_axes(config: PreTrainedConfig, layout: Layout, candidates: Mapping[str,
         probe = _Probe(model, layout, i)
         for name in [n for n in names if n in layout.consumers and len(layout.shapes[n]) == 2]:
             dim = layout.consumers[name]
-            if tied_heads and layout.shapes[name][dim] == size(_HEADS[0].dims[0], layout.sizes_at(i)):
+            node, heads = layout.tensors[name].dims[dim], size(_HEADS[0].dims[0], layout.sizes_at(i))
+            if (
+                node == _HIDDEN
+                and layout.shapes[name][dim] == heads
+                and max(layout.sizes_at(i)["kv"], layout.sizes_at(i)["query"]) > 1
+            ):
                 _find_heads(probe, name, dim, out)
-            if layout.tensors[name].dims[dim] == _UNKNOWN and "ffn" not in layout.keys:
+            if node == _UNKNOWN and "ffn" not in layout.keys:
                 _find_ffn(probe, name, dim, out)
     # What was found in one layer holds in every layer of its kind.
     for (name, dim), texts in list(out.items()):
@@ -57,7 +61,7 @@ def tied_axes(config: PreTrainedConfig, layout: Layout, candidates: Mapping[str,
             twin = f"{layout.prefix}.{j}.{layout.local(name)}"
             if layout.shapes.get(twin) == layout.shapes[name]:
                 out.setdefault((twin, dim), texts)
-    if tied_heads:
+    if "d" not in layout.keys:
         _rest(layout, candidates, out)
     return out
 
@@ -160,6 +164,8 @@ def _rest(layout: Layout, candidates: Mapping[str, list[str]], out: Tied) -> Non
                     out[name, dim] = out.get(made, ["hidden"])
                 continue
             if node != _HIDDEN:
+                if names(node) & {"kv", "query"} and _module(_module(name)) not in beside and layout.layer_of(name) is not None:
+                    out[name, dim] = ["_"]  # a multiple of the hidden size, by chance that of all heads
                 continue
             inner = _module(_module(name)) in beside and name not in readers and layout.consumers.get(name) != dim
             out[name, dim] = ["hidden", "(kv query d)"] if inner and any("kv" in t for t in texts) else ["hidden"]

@@ -26,6 +26,7 @@ class Proof:
     """What the proof of one axis gave: the largest difference of logits between cutting and masking.
 
     stock: whether the family's own config can say the result; otherwise the per-layer form carries it.
+    tail: of layers, only those may go that have none of another kind behind them.
     """
 
     axis: str
@@ -33,6 +34,7 @@ class Proof:
     difference: float | None = None
     reason: str = ""
     stock: bool = True
+    tail: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Layout:
     parents: nested axis -> its parent. tied: a tensor's name -> the name of the tensor that it shares.
     head_arguments: arguments of a block with an entry for each head -> the dimension that they stand in.
     kept_heads: layers that have lost heads of these already -> those that are left, by their first index.
+    fixed_layers: layers that can not go, because the model's class tells the kinds of its layers by their number.
     """
 
     model_type: str
@@ -59,6 +62,7 @@ class Layout:
     consumers: dict[str, int]
     head_arguments: dict[str, int] = field(default_factory=dict)
     kept_heads: dict[int, list[int]] = field(default_factory=dict)
+    fixed_layers: frozenset[int] = frozenset()
     proofs: dict[str, Proof] = field(default_factory=dict)
 
     def layer_of(self, name: str) -> int | None:
@@ -83,6 +87,11 @@ class Layout:
         """Tensors of a block (None: outside of the blocks) that have an axis."""
         names = [n for n in self.tensors if self.layer_of(n) is None] if layer is None else self.block_tensors(layer)
         return [n for n in names if n not in self.tied and axis in self.tensors[n].axes]
+
+    def before_another_kind(self) -> frozenset[int]:
+        """Layers that have one with other tensors somewhere behind them."""
+        kinds = [tuple(self.local(n) for n in self.block_tensors(i)) for i in range(self.num_layers)]
+        return frozenset(i for i in range(self.num_layers) if any(k != kinds[i] for k in kinds[i:]))
 
     def prunable(self, axis: str, *, stock: bool = False) -> bool:
         """Whether removing units of an axis is proved. stock: in the family's own config, not only in the per-layer form."""
@@ -142,11 +151,14 @@ def block_entries(config: PreTrainedConfig, keys: Mapping[str, str], sizes: Mapp
 def keep_layers(data: Mapping[str, Any], kept: list[int], total: int) -> dict[str, Any]:
     """config.json entries with every list that has one entry for each layer reduced to the kept layers.
 
-    A list of token ids may happen to be as long as the model; it is left alone.
+    Lists of token ids and of bounds may happen to be as long as the model; they are left alone.
     """
-    return {
-        k: [v[i] for i in kept] if isinstance(v, list) and len(v) == total and "token" not in k else v for k, v in data.items()
-    }
+
+    def per_layer(key: str, value: Any) -> bool:
+        listed = isinstance(value, list) and len(value) == total and "token" not in key
+        return listed and not any(isinstance(x, float) for x in value)
+
+    return {k: [v[i] for i in kept] if per_layer(k, v) else v for k, v in data.items()}
 
 
 def raw_key(config: PreTrainedConfig, name: str) -> str:

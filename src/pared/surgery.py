@@ -16,9 +16,9 @@ from pared.axes import Selection, indices, names, parse, size, take, zero_
 from pared.errors import ModelError
 from pared.families import STAND_INS
 from pared.per_layer import HEADS as KEPT_HEADS
-from pared.per_layer import SHAPES, PerLayer, fit_, make_block
+from pared.per_layer import SHAPES, PerLayer, make_block
 from pared.plan import Plan, kept_sizes
-from pared.structure import HEADS, LAYERS, Layout, block_entries, keep_layers, resize, sizes_of
+from pared.structure import HEAD_DIM, HEADS, LAYERS, Layout, block_entries, keep_layers, resize, sizes_of
 
 
 def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple[PreTrainedConfig, PerLayer]:
@@ -44,7 +44,10 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
                 raise
     elif not stock and plan.shape == "uniform":
         raise ModelError(f"a {config.model_type} config can not say these sizes", fix="--shape per-layer")
-    target = _build(config, {**data, **resize(config, layout.keys, shared)})
+    changes = resize(config, layout.keys, shared)
+    if shared and "d" not in layout.keys and "d" in shapes[0] and not getattr(config, HEAD_DIM, None):
+        changes[HEAD_DIM] = shapes[0]["d"]  # rotary tables outside of the blocks would follow the hidden size
+    target = _build(config, {**data, **changes})
     entries: PerLayer = {}
     for i, sizes in enumerate(shapes):
         own = block_entries(config, layout.keys, sizes)
@@ -72,10 +75,9 @@ def rebuilt(
     config = model.config
     sizes = {**layout.sizes_at(layer), **kept_sizes(keep)}
     entries = {**block_entries(config, layout.keys, sizes), **_heads_entry(layout, config, layer, keep)}
+    entries[SHAPES] = {n: tuple(t.shape) for n, t in tensors.items()}
     with torch.device("meta"):
         made = make_block(block, config, layer, entries)
-        shapes = {n: tuple(p.shape) for n, p in made.state_dict().items()}
-        fit_(made, {n: tuple(t.shape) for n, t in tensors.items() if shapes[n] != tuple(t.shape)})
     for name, value in tensors.items():
         owner, _, leaf = name.rpartition(".")
         part = made.get_submodule(owner)

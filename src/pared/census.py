@@ -1,0 +1,86 @@
+"""The census: what can be removed from every type of causal language model that transformers knows, and why not the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from pared import modeling
+from pared.discovery import miniature_of
+from pared.errors import ModelError, ParedError
+from pared.miniature import probe_ids, random_model
+from pared.proof import proved_layout
+from pared.structure import HEAD_DIM, HEADS, HIDDEN, Proof
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model type. outside: why it is not a decoder-only language model; failed: why no layout was found."""
+
+    model_type: str
+    proofs: dict[str, Proof] = field(default_factory=dict)
+    outside: str = ""
+    failed: str = ""
+
+
+def model_types() -> list[str]:
+    """Every model type that transformers registers a causal language model for."""
+    return sorted(t for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if t in CONFIG_MAPPING)
+
+
+def take_census(types: Iterable[str] | None = None) -> Iterator[Entry]:
+    """Discover and prove each type, on the structure that its default config describes."""
+    for model_type in model_types() if types is None else types:
+        yield examine(model_type)
+
+
+def examine(model_type: str) -> Entry:
+    """One entry of the census."""
+    try:
+        config = CONFIG_MAPPING[model_type]()
+        if why := _outside(config):
+            return Entry(model_type, outside=why)
+        config, per_layer = modeling.make_config(_complete(config).to_dict())
+        if not _causal(config):
+            return Entry(model_type, outside="an encoder with a language-model head: its tokens see those behind them")
+        return Entry(model_type, proved_layout(config, per_layer).proofs)
+    except ParedError as error:
+        return Entry(model_type, failed=error.what.splitlines()[0])
+    except (*modeling.REJECTED, RuntimeError, IndexError, ImportError, AssertionError, NotImplementedError) as error:
+        text = str(error).strip().splitlines()
+        return Entry(model_type, failed=f"{type(error).__name__}: {text[0] if text else ''}")
+
+
+def _outside(config: PreTrainedConfig) -> str:
+    if getattr(config, "is_encoder_decoder", False) or hasattr(config, "encoder_layers"):
+        return "an encoder-decoder"
+    if "text_config" in config.sub_configs:
+        text = getattr(config, "text_config", None)
+        return f"a wrapper of several modalities; its text part is {getattr(text, 'model_type', 'a type of its own')!r}"
+    return ""
+
+
+def _complete(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A default config whose class leaves the head size open but can not do without it, as its checkpoints do not."""
+    try:
+        modeling.skeleton(config)
+    except ModelError:
+        if getattr(config, HEAD_DIM, 0) is None:
+            setattr(config, HEAD_DIM, getattr(config, HIDDEN) // getattr(config, HEADS))
+    return config
+
+
+def _causal(config: PreTrainedConfig) -> bool:
+    """Whether a miniature's logits at a position are free of later tokens."""
+    model = random_model(miniature_of(config).make())
+    ids = probe_ids(1)
+    other = ids.clone()
+    other[:, -1] += 1
+    with torch.no_grad():
+        one, two = (model(input_ids=i, use_cache=False).logits[:, :-1] for i in (ids, other))
+    return bool(torch.allclose(one, two, atol=1e-5))
