@@ -12,6 +12,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -91,7 +92,9 @@ def assemble(config: PreTrainedConfig, per_layer: PerLayer, found: Discovered, m
     layer_sizes = []
     for i in range(len(layers)):
         own = {n: s for n, s in tensors.items() if n.startswith(f"{start}{i}.")}
-        said = sizes_of(layer_config(config, per_layer.get(i, {})), found.keys)
+        # Some families say the sizes of their layers apart by themselves.
+        native = config.per_layer_config[i] if getattr(config, "is_heterogeneous", False) else config
+        said = sizes_of(layer_config(native, per_layer.get(i, {})), found.keys)
         layer_sizes.append({a: n for a, n in {**said, **_implied(own, shapes)}.items() if a not in outside})
     layout = Layout(
         model_type=config.model_type,

@@ -132,14 +132,14 @@ def _shrink(config: PreTrainedConfig, layers: tuple[int, ...], scale: Scale, siz
     small = _ratio(config, data) if scale.by == "ratio" else _parts(config, data, scale)
     small |= {raw_key(config, VOCAB): _VOCABULARY, raw_key(config, LAYERS): len(layers)}
     # Routers that choose groups first want two experts in each.
-    experts = max(4, *(2 * v for k, v in data.items() if k.startswith("n_group") and isinstance(v, int)), 4)
+    experts = max(4, *(2 * v for k, v in data.items() if k.endswith(("n_group", "expert_group")) and isinstance(v, int)), 4)
     for key, value in data.items():
         if key.endswith("_token_id"):
             small[key] = (min(1, value) if isinstance(value, int) else value) if scale.special_tokens else None
         elif AXIS_OF_KEY.get(key) == "expert" and isinstance(value, int):
             small[key] = min(value, experts)
-        elif key in ("num_experts_per_tok", "moe_k") and value:
-            small[key] = min(value, 2)
+        elif key in ("num_experts_per_tok", "moe_k"):
+            small[key] = min(value or 2, 2)
         elif key.endswith("sliding_window") and value:
             small[key] = 8
         elif key.startswith("rope_") and isinstance(value, dict):

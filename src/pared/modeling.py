@@ -55,7 +55,10 @@ def make_config(data: Mapping[str, Any]) -> tuple[PreTrainedConfig, PerLayer]:
             fix="check model_type, or upgrade transformers",
         )
     try:
-        return CONFIG_MAPPING[model_type].from_dict(data), per_layer
+        config = CONFIG_MAPPING[model_type].from_dict(data)
+        if getattr(config, "is_heterogeneous", False):
+            config.allow_global_per_layer_attribute_access = True
+        return config, per_layer
     except REJECTED as error:
         raise ModelError(f"transformers rejects the config: {error}", where="config.json") from error
 
