@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pared import modeling
-from pared.axes import Name, Signature, count, parse
+from pared.axes import Fixed, Name, Signature, count, names, parse, size
 from pared.errors import ModelError
 from pared.miniature import AXIS_OF_KEY, Miniature, find_miniature, kind_keys, kinds_of
 from pared.per_layer import HEADS as KEPT_HEADS
@@ -88,6 +88,13 @@ def assemble(config: PreTrainedConfig, per_layer: PerLayer, found: Discovered, m
             signature = parse(" ".join("_" * value.ndim))
         tensors[name] = signature
     here = {n: s for n, s in tensors.items() if not n.startswith(start)}
+    said = sizes_of(config, found.keys)
+    for n, s in here.items():
+        # What a layout of the small instance does not account for here (a table with rows for every layer) is left whole.
+        if any(
+            d != Fixed(None) and names(d) <= said.keys() and size(d, said) != m for d, m in zip(s.dims, shapes[n], strict=True)
+        ):
+            tensors[n] = here[n] = parse(" ".join("_" * len(shapes[n])))
     outside = {**{a: n for a, n in sizes_of(config, found.keys).items() if a in ("hidden", "vocab")}, **_implied(here, shapes)}
     layer_sizes = []
     for i in range(len(layers)):

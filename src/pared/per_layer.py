@@ -82,17 +82,28 @@ def make_block(like: nn.Module, config: PreTrainedConfig, index: int, entries: M
     shapes, hidden = entries.get(SHAPES, {}), config.attribute_map.get("hidden_size", "hidden_size")
     block = _made(like, layer_config(config, entries), index)
     if hidden in entries:
-        wanted = {**_shapes(block), **shapes}
-        plain = _made(like, layer_config(config, {k: v for k, v in entries.items() if k != hidden}), index)
-        fits = {n for n, shape in _shapes(plain).items() if wanted[n] == shape}
-        for name, part in list(plain.named_children()):
-            if all(f"{name}.{n}" in fits for n in part.state_dict()):
-                setattr(block, name, part)
+        _take_fitting_parts(
+            block, {**_shapes(block), **shapes}, like, layer_config(config, {**entries, hidden: getattr(config, hidden)}), index
+        )
     now = _shapes(block)
     fit_(block, {n: shape for n, shape in shapes.items() if now[n] != tuple(shape)})
     if heads := entries.get(HEADS):
         keep_heads_(block, heads["kept"], heads["of"], heads["arguments"])
     return block.eval()
+
+
+def _take_fitting_parts(
+    block: nn.Module, wanted: Mapping[str, tuple[int, ...]], like: nn.Module, config: PreTrainedConfig, index: int
+) -> None:
+    """Give a block the parts that its class, made from another config, makes in the wanted shapes."""
+    try:
+        plain = _made(like, config, index)
+    except (ValueError, AssertionError, RuntimeError):
+        return  # the class refuses these heads beside the model's hidden size
+    fits = {n for n, shape in _shapes(plain).items() if wanted[n] == shape}
+    for name, part in list(plain.named_children()):
+        if all(f"{name}.{n}" in fits for n in part.state_dict()):
+            setattr(block, name, part)
 
 
 def _made(like: nn.Module, config: PreTrainedConfig, index: int) -> nn.Module:

@@ -34,30 +34,33 @@ HEADS, WIDTH = ("kv", "query"), ("kv", "query", "ffn")
 FLOOR: dict[str, tuple[str, ...]] = dict.fromkeys(tiny.FAMILIES, (*WIDTH, "hidden", "layer")) | {
     "llama-mha": ("kv", "ffn", "hidden", "layer"),
     "llama-mqa-tied": ("query", "ffn", "hidden", "layer"),
-    "gpt_neox": ("ffn", "layer"),
-    "gpt2": ("ffn", "layer"),
-    "bloom": ("layer",),
+    "gpt_neox": ("kv", "ffn", "hidden", "layer"),
+    "gpt2": ("kv", "ffn", "hidden", "layer"),
+    "bloom": ("kv", "ffn", "hidden", "layer"),
 }
+# Sizes that the family's own config has no words for: the per-layer form carries them.
+NO_WORDS = {"gpt_neox": {"kv", "hidden"}, "gpt2": {"kv", "hidden"}, "bloom": {"kv", "ffn", "hidden"}}
 ATTENTION = [f for f in FLOOR if {"kv", "query"} & set(FLOOR[f])]
 # OLMo 2 normalises queries and keys over all heads: a head that is cut is missed there, and one that is masked is too.
 SEPARATE_HEADS = [f for f in ATTENTION if f != "olmo2"]
+OUTPUT = {"gpt_neox": "attention.dense", "gpt2": "attn.c_proj", "bloom": "self_attention.dense"}
 DENSE_FFN = [f for f in FLOOR if "ffn" in FLOOR[f] and f != "mixtral"]
 RMS_NORMS = ["llama", "llama-mqa-tied", "mistral", "qwen2", "qwen3", "phi3"]
-DOWN = {"gpt_neox": "mlp.dense_4h_to_h", "gpt2": "mlp.c_proj"}
+DOWN = {"gpt_neox": "mlp.dense_4h_to_h", "gpt2": "mlp.c_proj", "bloom": "mlp.dense_4h_to_h"}
 
 
-def widths(family: str) -> tuple[str, ...]:
-    return tuple(a for a in WIDTH if a in FLOOR[family])
+def widths(family: str, shape: str = "per-layer") -> tuple[str, ...]:
+    return tuple(a for a in WIDTH if a in FLOOR[family] and (shape != "uniform" or a not in NO_WORDS.get(family, ())))
 
 
 def ways() -> Iterator[tuple[str, tuple[str, ...], str]]:
     """(family, structures, shape): what a user may ask of each family."""
     for family, axes in FLOOR.items():
-        if widths(family):
-            yield family, widths(family), "uniform"
-            yield family, widths(family), "per-layer"
+        for shape in ("uniform", "per-layer"):
+            if widths(family, shape):
+                yield family, widths(family, shape), shape
         for axis in set(axes) - set(WIDTH):
-            yield family, (axis,), "uniform"
+            yield family, (axis,), "per-layer" if axis in NO_WORDS.get(family, ()) else "uniform"
 
 
 WAYS = sorted(ways())
@@ -100,6 +103,7 @@ def plan_of(layout: Layout, layers: list[LayerPlan], hidden: str | None = None) 
 def test_what_was_proved_stays_proved(family: str, axis: str) -> None:
     proof = dense(family)[1].proofs[axis]
     assert proof.holds and proof.difference is not None and proof.difference <= TOLERANCE
+    assert proof.stock == (axis not in NO_WORDS.get(family, ()))
 
 
 @pytest.mark.parametrize("family", FLOOR)
@@ -162,7 +166,7 @@ def test_cut_heads_are_silent_heads(family: str) -> None:
         masks[i] = mask.flatten()
         silent += int((mask == 0).sum())
     assert silent > 0
-    assert tiny.close(tiny.logits(cut_model(model, layout, plan)), masked(model, "self_attn.o_proj", masks))
+    assert tiny.close(tiny.logits(cut_model(model, layout, plan)), masked(model, OUTPUT.get(family, "self_attn.o_proj"), masks))
 
 
 @pytest.mark.parametrize("family", RMS_NORMS)
@@ -279,7 +283,7 @@ def test_the_account_is_what_the_files_count_to(family: str, structures: tuple[s
 @pytest.mark.parametrize("shape", ["uniform", "per-layer"])
 @pytest.mark.parametrize("family", ATTENTION)
 def test_the_account_of_the_cache_is_what_generation_holds(family: str, shape: str, pruned: Any) -> None:
-    source, out, memory = pruned(family, widths(family), shape)
+    source, out, memory = pruned(family, widths(family, shape) or ("layer",), shape)
     length = tiny.WINDOW - 2  # sliding layers still hold every token
     for path, counted in ((source, memory.plan.before), (out, memory.plan.after)):
         cache = pared.load(path)(input_ids=tiny.tokens(1, length), use_cache=True).past_key_values
@@ -287,10 +291,10 @@ def test_the_account_of_the_cache_is_what_generation_holds(family: str, shape: s
         assert counted.kv_cache * length == held
 
 
-@pytest.mark.parametrize("family", ATTENTION)
+@pytest.mark.parametrize("family", [f for f in ATTENTION if widths(f, "uniform")])
 def test_the_account_of_flops_is_what_a_forward_pass_does(family: str, pruned: Any) -> None:
     length = 8
-    source, out, _ = pruned(family, widths(family), "uniform")
+    source, out, _ = pruned(family, widths(family, "uniform"), "uniform")
     for path in (source, out):
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", experts_implementation="eager")
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -308,7 +312,7 @@ def test_a_shape_that_no_config_can_say_is_refused_with_the_way_out() -> None:
         cut_model(model, layout, plan_of(layout, layers))
 
 
-@pytest.mark.parametrize("family", [f for f in FLOOR if widths(f)])
+@pytest.mark.parametrize("family", [f for f in FLOOR if widths(f, "uniform")])
 def test_a_fifth_comes_off_every_family_by_default(family: str) -> None:
     result = tiny.cut(dense(family)[0], remove=0.2)
     assert result.plan.removed >= 0.2 and result.plan.shape == "uniform"
@@ -318,7 +322,7 @@ def test_a_fifth_comes_off_every_family_by_default(family: str) -> None:
 @pytest.mark.parametrize("shape", ["uniform", "per-layer"])
 @pytest.mark.parametrize("family", [f for f in FLOOR if widths(f)])
 def test_what_was_pruned_can_be_pruned_again(family: str, shape: str, pruned: Any, tmp_path: Path) -> None:
-    _, once, first = pruned(family, widths(family), shape)
+    _, once, first = pruned(family, widths(family, shape) or ("layer",), shape)
     result = tiny.cut(once, out=tmp_path / "twice", shape="per-layer", structures=("ffn",), remove=0.05, seed=1)
     twice = pared.load(tmp_path / "twice")
     assert sum(p.numel() for p in twice.parameters()) == result.plan.after.params < first.plan.after.params
