@@ -144,6 +144,8 @@ def _shrink(config: PreTrainedConfig, layers: tuple[int, ...], scale: Scale, siz
             small[key] = 8
         elif key.startswith("rope_") and isinstance(value, dict):
             small[key] = _plain_rope(value)
+        elif isinstance(value, dict) and key in config.sub_configs:  # parts for other modalities
+            small[key] = {k: min(v, 1) if k in ("num_hidden_layers", "num_blocks", "depth") else v for k, v in value.items()}
     small["max_position_embeddings"] = _POSITIONS
     wanted = {**data, **small, **sizes}
     try:

@@ -67,6 +67,8 @@ def prove(found: Discovered) -> tuple[dict[str, str], dict[str, Proof]]:
         if not best.holds and len(attempts) > 1:
             best = replace(best, reason=f"{best.reason}; {len(attempts)} layouts tried")
         proofs[axis] = best
+    if "ffn" in proofs and not proofs["ffn"].holds and "ffn" not in found.keys:
+        del proofs["ffn"]  # something that looked like one
     return chosen, proofs
 
 

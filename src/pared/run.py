@@ -142,6 +142,14 @@ def resolve_axes(layout: Layout, structures: tuple[str, ...] | None, *, shape: s
     return tuple(dict.fromkeys(chosen))
 
 
+def removable(layout: Layout) -> tuple[tuple[str, ...], str]:
+    """What is removed by default and the shape that can say it: uniform, or per-layer where the config has no words for it."""
+    for shape in ("uniform", "per-layer"):
+        with contextlib.suppress(ModelError):
+            return resolve_axes(layout, None, shape=shape), shape
+    return (), "uniform"  # nothing is proved; the proofs say why
+
+
 def _only_per_layer(layout: Layout, axes: list[str]) -> ModelError:
     return ModelError(
         f"a {layout.model_type} config has no sizes of its own for {', '.join(axes)}: no stock checkpoint can say the result",

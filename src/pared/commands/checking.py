@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pared.commands.options import AsFormat, Format, Model, check_device
-from pared.errors import ModelError, ParedError
+from pared.errors import ModelError, ParedError, UsageError
 
 
 class Listed(StrEnum):
@@ -93,14 +93,10 @@ def inspect(
     from pared.report.console import emit_json, out, show
     from pared.report.inspection import describe, inspect_model
     from pared.report.tables import inspection
-    from pared.run import resolve_axes
+    from pared.run import removable
 
     described = describe(model)
-    try:
-        axes = resolve_axes(described.layout, None)
-    except ModelError:
-        axes = ()  # nothing is proved; the table says why
-    report = inspect_model(described, axes, align=align)
+    report = inspect_model(described, *removable(described.layout), align=align)
     if format is Format.json:
         emit_json(report)
     else:
@@ -131,13 +127,21 @@ def verify(
 
 def ls(
     what: Annotated[Listed, typer.Argument(metavar="criteria|families|recipes", help="what to list", show_default=False)],
+    proved: Annotated[
+        bool, typer.Option("--proved", help="of families: prove every type that transformers has (minutes)")
+    ] = False,
     format: AsFormat = Format.text,
 ) -> None:
     """List the criteria, the families with data of their own, or the recipes that ship."""
     from pared.report import tables
     from pared.report.console import emit_json, out, show
 
-    found, parts = {Listed.criteria: _criteria, Listed.families: _families, Listed.recipes: _recipes}[what](tables)
+    if proved and what is not Listed.families:
+        raise UsageError(f"{what.value} have nothing to prove", where="--proved", fix="pared ls families --proved")
+    if proved:
+        found, parts = _census(tables)
+    else:
+        found, parts = {Listed.criteria: _criteria, Listed.families: _families, Listed.recipes: _recipes}[what](tables)
     if format is Format.json:
         emit_json({what.value: found})
     else:
@@ -171,6 +175,19 @@ def _families(tables: Any) -> tuple[list[dict[str, Any]], Any]:
         "its config and proved before anything is cut. pared inspect MODEL shows what the proof gave."
     )
     return found, [tables.table("Families with data of their own", ("model type", ""), rows, left=2), rest]
+
+
+def _census(tables: Any) -> tuple[list[dict[str, Any]], Any]:
+    from pared.census import model_types, take_census
+    from pared.report.console import Reporter
+
+    types, found = model_types(), []
+    with Reporter() as progress:
+        for done, entry in enumerate(take_census(types), 1):
+            axes = {a: ("proved" if p.stock else "per-layer form") if p.holds else p.reason for a, p in entry.proofs.items()}
+            found.append({"model_type": entry.model_type, "outside": entry.outside, "failed": entry.failed, "axes": axes})
+            progress("families", done, len(types))
+    return found, tables.census(found)
 
 
 def _recipes(tables: Any) -> tuple[list[dict[str, Any]], Any]:

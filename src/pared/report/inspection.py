@@ -102,8 +102,9 @@ def _from_hub(model: str) -> tuple[dict[str, Any], torch.dtype | None, int | Non
     return data, modeling.DTYPES[main], sum(n * sizes.get(k, 1) for k, n in counts.items())
 
 
-def inspect_model(model: Described, axes: Sequence[str], *, align: int | None = None) -> dict[str, Any]:
-    """The record that `pared inspect` shows. axes: what is removed where sizes are predicted."""
+def inspect_model(model: Described, axes: Sequence[str], shape: str = "uniform", *, align: int | None = None) -> dict[str, Any]:
+    """The record that `pared inspect` shows. axes: what is removed where sizes are predicted, equally from all layers;
+    shape: "per-layer" where the family's own config need not be able to say these sizes."""
     layout = model.layout
     first = Budget(layout, Amount(0.5), tuple(layout.proofs), align=align, experts_used=model.experts_used)
     before = first.before
@@ -119,7 +120,8 @@ def inspect_model(model: Described, axes: Sequence[str], *, align: int | None = 
         **_counts(before, model.dtype),
         "axes": [_axis(model, axis, before, first) for axis in layout.proofs],
         "removes": list(axes),
-        "predictions": [_predict(model, tuple(axes), share, align, before, nbytes) for share in SHARES],
+        "shape": shape,
+        "predictions": [_predict(model, tuple(axes), shape, share, align, before, nbytes) for share in SHARES],
     }
 
 
@@ -202,13 +204,13 @@ def _written_as(model: Described, axis: str, n: int) -> str:
 
 
 def _predict(
-    model: Described, axes: tuple[str, ...], share: float, align: int | None, before: Account, nbytes: int
+    model: Described, axes: tuple[str, ...], form: str, share: float, align: int | None, before: Account, nbytes: int
 ) -> dict[str, Any]:
     """What a uniform shape would leave; "reason" instead of sizes where the share is out of reach."""
     row: dict[str, Any] = {"remove": share, "of": "block-params"}
     if not axes:
         return {**row, "reason": "out of reach: nothing is proved to be removable"}
-    writable = functools.partial(written_as, model.layout, model.config)
+    writable = functools.partial(written_as, model.layout, model.config) if form == "uniform" else None
     budget = Budget(model.layout, Amount(share), axes, align=align, experts_used=model.experts_used, written_as=writable)
     try:
         shape = allocate_uniform(budget)
@@ -221,7 +223,7 @@ def _predict(
         "bytes": nbytes - (before.params - after.params) * model.dtype.itemsize,
         **_counts(after, model.dtype),
         "sizes": shape.sizes,
-        "written_as": writable(shape.sizes, shape.hidden),
+        "written_as": writable(shape.sizes, shape.hidden) if writable else model.layout.model_type,
     }
 
 

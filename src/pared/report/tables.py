@@ -153,7 +153,8 @@ def inspection(report: Mapping[str, Any]) -> Iterator[RenderableType]:
         )
     what = ", ".join(report["removes"]) or "nothing"
     columns = ("remove", "removed", "parameters", "bytes", "multiply-adds/token", "cache/token", "sizes left in each layer")
-    yield table(f"What --remove of block-params would leave (taking {what}, uniform)", columns, rows)
+    form = "uniform" if report["shape"] == "uniform" else "--shape per-layer"
+    yield table(f"What --remove of block-params would leave (taking {what}, {form})", columns, rows)
 
 
 def _units(units: Any) -> str:
@@ -166,6 +167,47 @@ def _expressible(config: Mapping[str, str] | None, own: str) -> str:
     # A family's own sizes first, then those that another family's config says for it.
     order = sorted(config, key=lambda kind: (kind != own, kind == "per-layer", kind))
     return "; ".join(config[k] if k == own else f"{config[k]} {'' if k == 'per-layer' else 'as '}{k}" for k in order)
+
+
+def census(found: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """What is proved of each model type. stock: the family's own config says the result; form: the per-layer form does."""
+    inside = [f for f in found if not f["outside"]]
+    axes = sorted({a for f in inside for a in f["axes"]}, key=lambda a: (*_CENSUS, a).index(a))
+    words = {"proved": "stock", "per-layer form": "form"}
+    rows = []
+    for f in inside:
+        why = f["failed"] or "; ".join(f"{a}: {r}" for a, r in f["axes"].items() if r not in words)
+        rows.append((f["model_type"], *(words.get(f["axes"].get(a, ""), "no" if a in f["axes"] else "") for a in axes), why))
+    out = table("What is proved to be removable", ("model type", *axes, "why not"), rows)
+    out.columns[-1].justify = "left"
+    yield out
+    yield table(
+        "Not decoder-only language models",
+        ("model type", ""),
+        [(f["model_type"], f["outside"]) for f in found if f["outside"]],
+        left=2,
+    )
+    yield "; ".join(f"{what} {share:.0%} of {n}" for what, share, n in census_shares(found))
+
+
+_CENSUS = ("kv", "query", "ffn", "expert", "expert_ffn", "shared_ffn", "hidden", "vocab", "layer")
+
+
+def census_shares(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, int]]:
+    """(what, share proved, of how many): FFN of any kind and layers over all types in scope, heads where there are any."""
+    inside = [f["axes"] for f in found if not f["outside"]]
+    good = ("proved", "per-layer form")
+
+    def share(what: str, names: tuple[str, ...], among: list[Mapping[str, str]]) -> tuple[str, float, int]:
+        have = [any(a.get(n) in good for n in names) for a in among]
+        return what, sum(have) / max(1, len(have)), len(have)
+
+    return [
+        share("FFN", ("ffn", "expert_ffn", "shared_ffn", "expert"), inside),
+        share("layers", ("layer",), inside),
+        share("heads", ("kv", "query"), [a for a in inside if {"kv", "query"} & a.keys()]),
+        share("hidden", ("hidden",), inside),
+    ]
 
 
 def criteria(found: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
