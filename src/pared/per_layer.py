@@ -107,8 +107,18 @@ def _take_fitting_parts(
 
 
 def _made(like: nn.Module, config: PreTrainedConfig, index: int) -> nn.Module:
-    takes = [p.name for p in list(inspect.signature(type(like).__init__).parameters.values())[1:]]
-    return type(like)(config) if len(takes) == 1 else type(like)(config, index)
+    """A block of the class of `like`: its constructor is given the config, the layer's number, or what the config says."""
+    arguments: list[Any] = []
+    for p in list(inspect.signature(type(like).__init__).parameters.values())[1:]:
+        if p.name == "config":
+            arguments.append(config)
+        elif hasattr(config, p.name):
+            arguments.append(getattr(config, p.name))
+        elif any(w in p.name for w in ("layer", "idx", "index")):
+            arguments.append(index)
+        else:
+            break
+    return type(like)(*arguments)
 
 
 def _shapes(block: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -96,7 +96,8 @@ def _attempt(model: PreTrainedModel, layout: Layout, axis: str, found: Discovere
         second = _tried(model, replace(layout, fixed_layers=fixed), axis, found, stock=True)
         return replace(second, tail=True) if second.holds else first
     second = _tried(model, layout, axis, found, stock=False)
-    return second if second.holds else first
+    # Where no config says the sizes, what the other form fails on is the reason.
+    return second if second.holds or first.difference is None else first
 
 
 def _tried(model: PreTrainedModel, layout: Layout, axis: str, found: Discovered, *, stock: bool) -> Proof:
