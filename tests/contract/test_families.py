@@ -85,7 +85,11 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path
         source = checkpoint(family)
         out = source.with_name(f"{'-'.join(structures)}-{shape}")
         # Half of the widths: an amount at which every config can say the head counts of a uniform shape.
-        settings: dict[str, Any] = {"structures": structures, "shape": shape, "remove": 0.5 if {"kv", "query"} & set(structures) else 0.3}
+        settings: dict[str, Any] = {
+            "structures": structures,
+            "shape": shape,
+            "remove": 0.5 if {"kv", "query"} & set(structures) else 0.3,
+        }
         if structures == ("hidden",):
             settings["remove"] = 0.5
         tiny.cut(source, out=out, **settings)
