@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pared.errors import MissingError, ModelError, ResourceError
-from pared.models import NATIVE
+from pared.models import IMPORTABLE, NATIVE
 from pared.tensorfile import TensorInfo, chunks, non_finite, read_header, read_tensor
 
 __all__ = ["INDEX", "SINGLE", "Checkpoint", "TensorInfo", "read_config"]
@@ -259,7 +259,9 @@ def _refuse_unsupported(path: Path, config: dict[str, Any], trust_remote_code: b
             raise ModelError(
                 f"the model type {config.get('model_type')!r} needs code from the checkpoint, which is not run unasked",
                 where=path / "config.json",
-                fix="read its .py files, then pass --trust-remote-code",
+                fix=f"pared import {shlex.quote(str(path))} -o NEW, and use NEW"
+                if config.get("model_type") in IMPORTABLE
+                else "read its .py files, then pass --trust-remote-code",
             )
 
 

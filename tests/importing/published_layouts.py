@@ -184,7 +184,15 @@ VARIANTS = {
         {**_CHATGLM, "rope_ratio": 50}, _chatglm, partial(formulas.chatglm, base=50), _F16, "glm", _SAYS_BASE
     ),
     "glm-4-9b": Variant(
-        {**_CHATGLM, "rope_ratio": 500, "layernorm_epsilon": 1.5625e-07, "eos_token_id": [2, 5, 6], "torch_dtype": "bfloat16"},
+        {
+            **_CHATGLM,
+            "rope_ratio": 500,
+            "layernorm_epsilon": 1.5625e-07,
+            "eos_token_id": [2, 5, 6],
+            "torch_dtype": "bfloat16",
+            "num_hidden_layers": LAYERS,
+            "attn_implementation": "sdpa",
+        },
         _chatglm,
         partial(formulas.chatglm, base=500),
         _BF16,

@@ -22,7 +22,7 @@ from pared.importing import import_checkpoint
 from pared.models import NATIVE as CLASSES
 from pared.proof import proved_layout
 from pared.stream import Stream
-from published_layouts import BOS, GMASK, MASK, NATIVE, PAD, VARIANTS, prompt
+from published_layouts import BOS, GMASK, MASK, PAD, VARIANTS, prompt
 
 ALONE = """
 import sys, json, torch
@@ -47,7 +47,7 @@ def without_pared(path: Path, ids: list[int], home: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module", params=NATIVE)
+@pytest.fixture(scope="module", params=["baichuan-13b", "chatglm-6b"])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -87,6 +87,8 @@ def test_save_pretrained_carries_the_class_along(name: str, model: PreTrainedMod
     assert tiny.equal_states(pared.load(tmp_path / "saved"), model)
 
 
+# Newer releases of transformers say "activation", and 5.16 does not know the word.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
 def test_both_attention_implementations_give_the_same_gradients_checkpointed_or_not(name: str, model: PreTrainedModel) -> None:
     ids = torch.tensor([prompt(name, 12, seed) for seed in (1, 2)])
     found = []

@@ -22,6 +22,7 @@ _EVERYWHERE = {
     *("torchscript", "pruned_heads", "tf_legacy_loss", "use_bfloat16", "use_return_dict", "finetuning_task", "prefix"),
     *("task_specific_params", "tie_encoder_decoder", "cross_attention_hidden_size", "add_cross_attention", "is_decoder"),
     *("initializer_range", "classifier_dropout", "sep_token_id", "decoder_start_token_id", "bad_words_ids"),
+    "attn_implementation",
 }
 
 

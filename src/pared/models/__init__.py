@@ -39,6 +39,10 @@ NATIVE = {
 }
 
 
+# Model types of published checkpoints that `pared.importing` turns into these, or into classes of transformers.
+IMPORTABLE = ("baichuan", "chatglm")
+
+
 @cache
 def register() -> None:
     """Make the Auto classes know them; their own save_pretrained then carries the file along too."""
