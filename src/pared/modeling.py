@@ -159,11 +159,13 @@ class Weights:
                     )
 
     def load(self, names: Iterable[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
-        """Fill the named parameters of the model. dtype None keeps each tensor's own."""
+        """Fill the named parameters of the model. dtype None keeps each tensor's own, as buffers do in any case."""
         wanted = [n for n in names if n in self.disk_names]
         for target in wanted:
             if target not in self._converted:
-                self._assign(target, self._read(self.disk_names[target][0], dtype, device))
+                owner, _, leaf = target.rpartition(".")
+                own = leaf in self.model.get_submodule(owner)._buffers
+                self._assign(target, self._read(self.disk_names[target][0], None if own else dtype, device))
         if made := [n for n in wanted if n in self._converted]:
             self._convert(made, dtype, device)
         self.model.tie_weights()

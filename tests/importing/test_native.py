@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import formulas
 import pared
 import tiny
 from pared.calibration import Batch
@@ -121,18 +122,20 @@ def test_beams_static_caches_and_steps_by_hand_agree(name: str, model: PreTraine
     assert torch.equal(row, want)
 
 
-def test_a_bf16_model_keeps_its_slopes_exact(name: str, path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+@pytest.mark.parametrize("alone", [True, False])
+def test_slopes_stay_exact_in_half_precision(alone: bool, tmp_path: Path) -> None:
+    # Twelve heads: the slopes of the last four are no numbers that bf16 has.
+    settings = {"num_attention_heads": 12, "hidden_size": 48}
+    path = import_checkpoint(VARIANTS["baichuan-13b"].write(tmp_path / "old", torch.float32, **settings), tmp_path / "new").path
+    if alone:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    else:
+        model = pared.load(path, dtype=torch.bfloat16)
     slopes = [b for n, b in model.named_buffers() if n.endswith("alibi_slopes")]
-    assert model.dtype == torch.bfloat16 and len(slopes) == (0 if name == "chatglm-6b" else 3)
-    assert all(b.dtype == torch.float32 and torch.equal(b, tiny_slopes()) for b in slopes)
-    assert torch.isfinite(model(input_ids=torch.tensor([prompt(name, 40)])).logits).all()
-
-
-def tiny_slopes() -> torch.Tensor:
-    import formulas
-
-    return torch.tensor(formulas.slopes(6))
+    want = torch.tensor(formulas.slopes(12))
+    assert model.dtype == torch.bfloat16 and len(slopes) == 3 and not torch.equal(want, want.bfloat16().float())
+    assert all(b.dtype == torch.float32 and torch.equal(b, want) for b in slopes)
+    assert torch.isfinite(tiny.logits(model, torch.tensor([prompt("baichuan-13b", 40)]))).all()
 
 
 def test_block_by_block_gives_what_the_whole_model_gives(name: str, path: Path, model: PreTrainedModel) -> None:

@@ -166,8 +166,6 @@ class BaichuanAlibiPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["BaichuanLayer"]
     _supports_sdpa = True
-    # Slopes of a size that bf16 does not have would tilt every score of a long text.
-    _keep_in_fp32_modules_strict = ["alibi_slopes"]
     _can_record_outputs = {"hidden_states": BaichuanLayer, "attentions": BaichuanAttention}
 
     @torch.no_grad()
