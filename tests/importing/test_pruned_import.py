@@ -19,7 +19,7 @@ from command import pared as command
 from pared.checkpoint import Checkpoint
 from pared.importing import import_checkpoint
 from pared.models import NATIVE as CLASSES
-from pared.plan import Plan, from_ranges
+from pared.plan import from_ranges
 from pared.proof import TOLERANCE, proved_layout
 from pared.verify import verify
 from published_layouts import NATIVE, PAD, VARIANTS, prompt
@@ -74,6 +74,7 @@ def test_what_is_cut_loads_generates_and_is_cut_again(name: str, axis: str, impo
         if name in NATIVE:
             native = CLASSES[model.config.model_type]
             assert (path / native.file).read_text() == native.code()
+            assert "trust_remote_code=True" in (path / "README.md").read_text()
             assert json.loads((path / "config.json").read_bytes())["auto_map"] == native.auto_map
 
 
@@ -126,13 +127,14 @@ def test_the_residual_scale_stays_where_layers_go(imported: Any, tmp_path: Path)
     assert config.num_hidden_layers == 2 and config.residual_scale == pytest.approx(6**0.5)
 
 
-@pytest.mark.parametrize("name", ["baichuan-13b", "chatglm-6b"])
-def test_a_per_layer_shape_loads_with_pared_alone(name: str, imported: Any, tmp_path: Path) -> None:
-    result = cut(name, imported(name), structures=("kv", "ffn"), shape="per-layer", out=tmp_path / "out", remove=0.25)
-    loaded = pared.load(tmp_path / "out").eval()
-    memory = cut(name, imported(name), structures=("kv", "ffn"), shape="per-layer", remove=0.25).model
-    assert Plan.load(tmp_path / "out" / "plan.json").layers == result.plan.layers
-    assert tiny.equal_states(loaded, memory)
+def test_a_per_layer_shape_is_carried_by_both_files(imported: Any, tmp_path: Path) -> None:
+    name, settings = "baichuan-13b", {"structures": ("kv", "ffn"), "shape": "per-layer", "remove": 0.25}
+    cut(name, imported(name), out=tmp_path / "out", **settings)
+    memory = cut(name, imported(name), **settings).model
+    assert tiny.equal_states(pared.load(tmp_path / "out"), memory)
+    ids = prompt(name)
+    found = without_pared(tmp_path / "out", ids, tmp_path)
+    assert tiny.close(torch.tensor(found["logits"]), tiny.logits(memory, torch.tensor([ids]))[0])
     with pytest.raises(Exception):  # noqa: B017  (transformers' own, of several kinds; that it refuses is the law)
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
