@@ -25,6 +25,7 @@ from pared.compose import compose
 from pared.criteria import get_criterion
 from pared.errors import ModelError, UsageError
 from pared.estimate import Progress, Scores, estimate, silent
+from pared.models import NATIVE
 from pared.per_layer import PerLayer
 from pared.plan import Plan
 from pared.proof import proved_layout
@@ -78,7 +79,9 @@ class Source:
                     "calibration from text needs a tokenizer", fix="pass tokenizer=, or calibration ids as a tensor"
                 )
             try:
-                self.tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.path, config=self.config)
+                self.tokenizer = AutoTokenizer.from_pretrained(
+                    self.checkpoint.path, config=self.config, trust_remote_code=False
+                )
             except (OSError, ValueError) as error:
                 raise ModelError(f"the tokenizer can not be loaded: {error}", where=self.checkpoint.path) from error
         return self.tokenizer
@@ -340,6 +343,8 @@ def write_pruned(
     writer.add_file("config.json", modeling.config_json(target, per_layer, auto_map(type(target), type(result))))
     if per_layer:
         writer.add_file(FILE, modelling_file(type(target), type(result)))
+    if target.model_type in NATIVE:
+        writer.add_file(NATIVE[target.model_type].file, NATIVE[target.model_type].code())
     for path in source.checkpoint.side_files() if source.checkpoint else []:
         writer.copy_file(path)
     writer.add_file("plan.json", plan.to_json())

@@ -57,7 +57,7 @@ class Subject:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
-            return AutoTokenizer.from_pretrained(self.checkpoint.path, config=self.config)
+            return AutoTokenizer.from_pretrained(self.checkpoint.path, config=self.config, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ModelError(f"the tokenizer can not be loaded: {error}", where=self.checkpoint.path) from error
 
