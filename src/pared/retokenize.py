@@ -22,7 +22,7 @@ from pared.errors import MissingError, ModelError, UsageError
 from pared.plan import LayerPlan, Plan, from_ranges, to_ranges
 from pared.recipe import Recipe
 from pared.tokenizer_files import TOKENIZER, check_closed, read_json, rewrite
-from pared.vocabulary import Closure, Numbering, Spec, added, base_tokens, choose, kind_of, named_ids, pieces
+from pared.vocabulary import Closure, Numbering, Spec, added, base_tokens, choose, kind_of, named_ids, pieces, tried
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 # Text is read up to so many tokens, and the proof tokenises documents with so many characters: some minutes at most.
@@ -183,6 +183,7 @@ def retokenize_for_text(
     always |= set().union(*(named_ids(c) for c in words.configs))
     always |= set().union(*(_ids(words.tokenizer, t, special=False) for t in conversations(words.tokenizer)))
     always = {i for i in always if i < words.rows}
+    always |= _given_up(words, documents, counts)
     seen = {i for i, n in counts.items() if n >= min_count}
     needed = closure.over(always | seen)
     total = rows_to_keep(len(needed))
@@ -301,6 +302,19 @@ def _read(words: Words, text: str, progress: Progress) -> tuple[list[str], Count
         what = f"the text has the token {token!r} with id {beyond[0]}, and the model only {words.rows} rows"
         raise ModelError(what, where=text, fix="use the tokenizer that belongs to the model")
     return documents, counts
+
+
+def _given_up(words: Words, documents: Sequence[str], counts: Mapping[int, int]) -> set[int]:
+    """Tokens of words that a WordPiece tokenizer began to split and then called unknown."""
+    if kind_of(words.spec) != "WordPiece" or not counts.get(words.tokenizer.unk_token_id, 0):
+        return set()
+    backend: Any = words.tokenizer.backend_tokenizer
+    found: set[int] = set()
+    for document in documents:
+        text = backend.normalizer.normalize_str(document) if backend.normalizer else document
+        parts = backend.pre_tokenizer.pre_tokenize_str(text) if backend.pre_tokenizer else [(text, None)]
+        found |= tried(words.spec, (word for word, _ in parts))
+    return found
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:

@@ -254,6 +254,27 @@ def join(spec: Spec, left: str, right: str) -> str:
     return left + (right[len(prefix) :] if prefix and right.startswith(prefix) else right)
 
 
+def tried(spec: Spec, words: Iterable[str]) -> set[int]:
+    """Ids that WordPiece matches in words before it gives up on them; none of words that it comes through.
+
+    They are needed too: without them it would match shorter ones and might come through where it did not.
+    """
+    ids, model = pieces(spec), spec["model"]
+    prefix, longest = model.get("continuing_subword_prefix") or "", model.get("max_input_chars_per_word", 100)
+    found: set[int] = set()
+    for word in words:
+        matched: list[int] = []
+        at = 0 if len(word) <= longest else len(word)  # too long a word is not tried at all
+        while at < len(word):
+            ends = (end for end in range(len(word), at, -1) if (prefix if at else "") + word[at:end] in ids)
+            if (end := next(ends, None)) is None:
+                found.update(matched)
+                break
+            matched.append(ids[(prefix if at else "") + word[at:end]])
+            at = end
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Choosing
 
