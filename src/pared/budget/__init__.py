@@ -145,7 +145,7 @@ class Budget:
         least = self.given / self.before.amount(self.amount.of)
         return UsageError(
             f"removing {self.amount.remove:.1%} of {self.amount.of} is out of reach: "
-            f"{', '.join([*(['vocab'] if self.vocab else []), *self.axes])} can give between {least:.1%} and {math.floor(most * 1000) / 1000:.1%}",
+            f"{', '.join([*(['vocab'] if self.vocab else []), *self.axes])} can give between {f'{least:.1%}' if least else '0%'} and {math.floor(most * 1000) / 1000:.1%}",
             where="--remove",
             fix="ask for less, add structures, or use a smaller --align",
         )
