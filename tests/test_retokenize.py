@@ -294,6 +294,33 @@ def test_rows_without_a_token_go_first_and_the_amount_is_met(tmp_path: Path) -> 
     assert len(from_ranges(run(tmp_path / "dense", text, align=100).plan.vocab or "")) == -(-least // 100) * 100
 
 
+def test_a_token_without_a_row_keeps_its_place_behind_the_rows(tmp_path: Path) -> None:
+    words = vocabs.tokenizer("byte-level", extra=("<tool>",))
+    tiny.save(tiny.model("llama", vocab_size=len(words) - 1), tmp_path / "dense")
+    words.save_pretrained(tmp_path / "dense")
+    run(tmp_path / "dense", vocabs.text(tmp_path / "kept.jsonl"), tmp_path / "out")
+    new, kept = AutoTokenizer.from_pretrained(tmp_path / "out"), kept_of(tmp_path / "out")
+    assert new.convert_tokens_to_ids("<tool>") == len(kept) == pared.load(tmp_path / "out").config.vocab_size
+
+
+@pytest.mark.parametrize("shape", ["uniform", "per-layer"])
+def test_what_was_pruned_can_lose_tokens_and_lose_more(shape: str, tmp_path: Path) -> None:
+    vocabs.save(tmp_path / "dense", "byte-fallback")
+    blocks = {"compensate": "none", "criterion": "l1", "remove": 0.3}
+    prune(tmp_path / "dense", out=tmp_path / "blocks", shape=shape, structures=("ffn",), **blocks)
+    text = vocabs.text(tmp_path / "kept.jsonl")
+    run(tmp_path / "blocks", text, tmp_path / "once", shape=shape)
+    run(tmp_path / "once", vocabs.text(tmp_path / "less.jsonl", KEPT[:1]), tmp_path / "twice", align=1)
+    dense, once, twice = (AutoTokenizer.from_pretrained(tmp_path / d) for d in ("dense", "once", "twice"))
+    assert len(twice) < len(once) < len(dense) and verify(tmp_path / "twice") == []
+    ids = [t(KEPT[0])["input_ids"] for t in (dense, once, twice)]
+    first, second = kept_of(tmp_path / "once"), kept_of(tmp_path / "twice")
+    assert [second[i] for i in ids[2]] == ids[1] and [first[i] for i in ids[1]] == ids[0]
+    both = [first[i] for i in second]
+    want = logits(pared.load(tmp_path / "blocks"), ids[0])[:, both]
+    assert tiny.close(logits(pared.load(tmp_path / "twice"), ids[2]), want)
+
+
 def test_rare_tokens_are_not_needed(tmp_path: Path) -> None:
     vocabs.save(tmp_path / "dense", "byte-level")
     text = vocabs.text(tmp_path / "kept.jsonl", [*KEPT * 3, UNSEEN[0]])

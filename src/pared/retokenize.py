@@ -25,7 +25,7 @@ from pared.tokenizer_files import TOKENIZER, check_closed, read_json, rewrite
 from pared.vocabulary import Closure, Numbering, Spec, added, base_tokens, choose, kind_of, named_ids, pieces, tried
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
-# Text is read up to so many tokens, and the proof tokenises documents with so many characters: some minutes at most.
+# A hub data set is read up to so many tokens, and the proof splits documents of so many characters: minutes at most.
 MOST_TOKENS, MOST_PROVED = 2**26, 2**22
 _TURNS = [("system", "S"), ("user", "U"), ("assistant", "A"), ("user", "U")]
 
@@ -150,11 +150,18 @@ def vocabulary_alone(budget: Budget, made: Retokenized, recipe: Recipe, provenan
         of=recipe.of,
         before=budget.before,
         after=budget.before,
-        vocab=made.ranges,
         layers=layers,
         provenance=dict(provenance),
     )
-    return recount(plan, budget)
+    return with_vocabulary(plan, made, budget)
+
+
+def with_vocabulary(plan: Plan, made: Retokenized | None, budget: Budget) -> Plan:
+    """A plan that removes tokens too, and its account; as it is where there is no vocabulary to prune."""
+    if made is None:
+        return plan
+    provenance = {**plan.provenance, "vocabulary": made.facts}
+    return recount(plan.model_copy(update={"vocab": made.ranges, "provenance": provenance}), budget)
 
 
 def retokenize_as_planned(words: Words, plan: Plan) -> Retokenized:
@@ -235,7 +242,8 @@ def prove(
     they did; those made of kept tokens (exact: all of them) are split in the same places.
     """
     old, new, numbers = words.tokenizer, result.tokenizer, Numbering(result.kept, words.rows)
-    known = [i for i in result.kept if i in words.tokens]
+    tokens = words.tokens
+    known = [i for i in result.kept if i in tokens]
     ids = [i for old_id in known if (i := numbers.get(old_id)) is not None]
     if (was := old.convert_ids_to_tokens(known)) != (now := new.convert_ids_to_tokens(ids)):
         at = next(k for k, pair in enumerate(zip(was, now, strict=True)) if pair[0] != pair[1])
@@ -295,7 +303,7 @@ def _read(words: Words, text: str, progress: Progress) -> tuple[list[str], Count
         counts.update(ids)
         tokens += len(ids)
         progress("counting tokens", len(documents), 0)
-        if tokens >= MOST_TOKENS:
+        if tokens >= MOST_TOKENS and not Path(text).is_file():
             break
     if beyond := sorted(i for i in counts if i >= words.rows):
         token = words.tokenizer.convert_ids_to_tokens(beyond[0])

@@ -31,7 +31,15 @@ from pared.proof import proved_layout
 from pared.recipe import Recipe, make_recipe
 from pared.remote_code import FILE, auto_map, modelling_file
 from pared.report.card import model_card
-from pared.retokenize import Retokenized, Words, check_vocabulary, keep_tokens, retokenize_as_planned, vocabulary_alone
+from pared.retokenize import (
+    Retokenized,
+    Words,
+    check_vocabulary,
+    keep_tokens,
+    retokenize_as_planned,
+    vocabulary_alone,
+    with_vocabulary,
+)
 from pared.stream import Stream
 from pared.structure import Layout
 from pared.surgery import cut_block, cut_model, cut_outside, embedding_scale, keep_scale, target_config, written_as
@@ -266,7 +274,7 @@ def plan_pruning(
 
     if recipe.iterative_steps == 1:
         once, scores = decide(source, recipe.share)
-        return recount(once.model_copy(update={"vocab": vocabulary and vocabulary.ranges}), whole), scores
+        return with_vocabulary(once, vocabulary, whole), scores
 
     # In steps: each removes an equal part of the whole amount from what the one before left.
     plan: Plan | None = None

@@ -42,10 +42,12 @@ def rewrite(files: Mapping[str, bytes], new: Numbering) -> dict[str, bytes | Non
         config = remap_ids(read_json(files, "tokenizer_config.json"), new, "tokenizer_config.json")
         config.pop("fast_tokenizer_files", None)
         if isinstance(decoder := config.get("added_tokens_decoder"), Mapping):
-            config["added_tokens_decoder"] = {str(new.get(int(i))): token for i, token in decoder.items()}
+            found = {new.get(int(i)): token for i, token in decoder.items()}
+            config["added_tokens_decoder"] = {str(i): token for i, token in found.items() if i is not None}
         out["tokenizer_config.json"] = _dump(config)
     if "added_tokens.json" in files:
-        out["added_tokens.json"] = _dump({t: new.get(i) for t, i in read_json(files, "added_tokens.json").items()})
+        ids = read_json(files, "added_tokens.json")
+        out["added_tokens.json"] = _dump({t: i for t, old in ids.items() if (i := new.get(old)) is not None})
     if "generation_config.json" in files:
         out["generation_config.json"] = _dump(
             remap_ids(read_json(files, "generation_config.json"), new, "generation_config.json")
