@@ -83,6 +83,35 @@ def test_kept_text_is_split_as_before_and_any_text_comes_back(kind: str, made: A
     assert verify(out) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("LlamaTokenizer", "byte-fallback"),
+        ("GemmaTokenizer", "byte-fallback"),
+        ("Qwen2Tokenizer", "byte-level"),
+        ("GPT2Tokenizer", "byte-level"),
+        ("T5Tokenizer", "unigram"),
+        ("BertTokenizer", "wordpiece"),
+    ],
+)
+def test_classes_that_build_their_own_tokenizer_from_the_file_do_too(name: str, kind: str, tmp_path: Path) -> None:
+    """Some classes of transformers take the vocabulary from tokenizer.json and the rest from their own code."""
+    vocabs.save(tmp_path / "dense", kind)
+    config = json.loads((tmp_path / "dense" / "tokenizer_config.json").read_text())
+    (tmp_path / "dense" / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}))
+    run(tmp_path / "dense", vocabs.text(tmp_path / "kept.jsonl"), tmp_path / "out")
+    old, new, kept = (
+        AutoTokenizer.from_pretrained(tmp_path / "dense"),
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+        kept_of(tmp_path / "out"),
+    )
+    assert type(old).__name__ == type(new).__name__ == name
+    for text in KEPT:
+        assert [kept[i] for i in new(text)["input_ids"]] == old(text)["input_ids"]
+    for text in UNSEEN if kind in vocabs.SPELL_ALL else []:
+        assert new.decode(new(text)["input_ids"]) == old.decode(old(text)["input_ids"])
+
+
 def test_the_chat_template_and_what_it_writes_survive(made: Any) -> None:
     dense, out, _ = made("byte-level")
     old, new, kept = AutoTokenizer.from_pretrained(dense), AutoTokenizer.from_pretrained(out), kept_of(out)
