@@ -96,7 +96,7 @@ def test_kept_text_is_split_as_before_and_any_text_comes_back(kind: str, made: A
 )
 def test_classes_that_build_their_own_tokenizer_from_the_file_do_too(name: str, kind: str, tmp_path: Path) -> None:
     """Some classes of transformers take the vocabulary from tokenizer.json and the rest from their own code."""
-    vocabs.save(tmp_path / "dense", kind)
+    vocabs.save(tmp_path / "dense", kind, padding=8)
     config = json.loads((tmp_path / "dense" / "tokenizer_config.json").read_text())
     (tmp_path / "dense" / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}))
     run(tmp_path / "dense", vocabs.text(tmp_path / "kept.jsonl"), tmp_path / "out")
