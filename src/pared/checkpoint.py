@@ -151,6 +151,11 @@ class Checkpoint:
         return self.tensors[name]
 
 
+def place_of(path: Path) -> str:
+    """A side file's name in its checkpoint: all lie at the top but for the additional chat templates."""
+    return f"{TEMPLATES}/{path.name}" if path.parent.name == TEMPLATES else path.name
+
+
 def _numel(info: TensorInfo) -> int:
     count = 1
     for n in info.shape:

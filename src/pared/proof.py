@@ -81,13 +81,13 @@ def prunable_axes(layout: Layout) -> list[str]:
     sizes = layout.sizes_at(0)
     widths = sorted(a for a in inside if a.endswith("ffn"))
     named = [a for a in ("kv", "query", *widths) if a in inside and sizes.get(a, 0) > 1]
-    return [*named, "hidden", "layer"]
+    return [*named, "hidden", "layer", "vocab"]
 
 
 def _attempt(model: PreTrainedModel, layout: Layout, axis: str, found: Discovered) -> Proof:
     """Prove one axis as a stock config says it, or else in the per-layer form."""
     first = _tried(model, layout, axis, found, stock=True)
-    if first.holds:
+    if first.holds or axis == "vocab":
         return first
     if axis == "layer":
         fixed = layout.before_another_kind()
@@ -130,8 +130,10 @@ def trial_plan(layout: Layout, axis: str) -> Plan:
         return torch.randperm(n, generator=generator)[:kept].sort().values
 
     layers = [LayerPlan(source=i) for i in range(layout.num_layers)]
-    hidden = None
-    if axis == "layer":
+    hidden = vocab = None
+    if axis == "vocab":
+        vocab = to_ranges(some(layout.sizes["vocab"], layout.sizes["vocab"] * 3 // 4).tolist())
+    elif axis == "layer":
         going = next(i for i in range(layout.num_layers // 2, layout.num_layers) if i not in layout.fixed_layers)
         layers = [layer for layer in layers if layer.source != going]
     elif axis == "hidden":
@@ -150,24 +152,27 @@ def trial_plan(layout: Layout, axis: str) -> Plan:
                 picked = some(n, kept)
             layers[i] = layer_plan(i, {axis: picked}, sizes)
     nothing = account(layout)
-    return Plan(model_type=layout.model_type, before=nothing, after=nothing, hidden=hidden, layers=layers)
+    return Plan(model_type=layout.model_type, before=nothing, after=nothing, hidden=hidden, vocab=vocab, layers=layers)
 
 
 def compare(dense: PreTrainedModel, cut: PreTrainedModel, layout: Layout, plan: Plan, axis: str) -> float:
     """Largest difference between the logits of the cut model and of its masked reference, relative to the largest logit."""
-    ids = probe_ids()
+    kept = plan.selection(None, layout).get("vocab")
+    vocab = torch.arange(layout.sizes["vocab"]) if not isinstance(kept, Tensor) else kept
+    # Tokens by their new ids; of a vocabulary that is cut, only those that stay have one.
+    new = probe_ids() % len(vocab)
     reference = modeling.skeleton(dense.config, dtype=torch.float32)
     tied = set(getattr(dense, "all_tied_weights_keys", {}) or {})
     fill(reference, {k: v for k, v in dense.state_dict().items() if k not in tied})
     modeling.fill_buffers(reference, reference)
     if axis == "layer":
         _skip_layers(reference, layout, plan)
-    else:
+    elif axis != "vocab":
         mask_(reference, layout, plan)
         _restrict_norms(reference, cut, layout, plan)
     with torch.no_grad():
-        want = reference(input_ids=ids, use_cache=False).logits
-        got = cut(input_ids=ids, use_cache=False).logits
+        want = reference(input_ids=vocab[new], use_cache=False).logits[..., vocab]
+        got = cut(input_ids=new, use_cache=False).logits
     if not torch.isfinite(want).all() or float(want.std()) < 1e-3:
         raise ModelError("the random instance gives no meaningful logits")
     return float((want - got).abs().max() / want.abs().max().clamp(min=1.0))

@@ -19,7 +19,7 @@ from pared.budget import Amount, Budget
 from pared.budget.select import make_plan, recount
 from pared.budget.uniform import allocate_uniform
 from pared.calibration import Calibration, load_calibration, sample_from_model
-from pared.checkpoint import Checkpoint
+from pared.checkpoint import Checkpoint, place_of
 from pared.compensate import Refitted, compensate
 from pared.compose import compose
 from pared.criteria import get_criterion
@@ -32,6 +32,15 @@ from pared.proof import proved_layout
 from pared.recipe import Recipe, make_recipe
 from pared.remote_code import FILE, auto_map, modelling_file
 from pared.report.card import model_card
+from pared.retokenize import (
+    Retokenized,
+    Words,
+    check_vocabulary,
+    keep_tokens,
+    retokenize_as_planned,
+    vocabulary_alone,
+    with_vocabulary,
+)
 from pared.stream import Stream
 from pared.structure import Layout
 from pared.surgery import cut_block, cut_model, cut_outside, embedding_scale, keep_scale, target_config, written_as
@@ -44,12 +53,16 @@ DEFAULT_SEQ_LEN = 512
 
 @dataclass(frozen=True)
 class Pruned:
-    """What pruning gives: the model (None after a dry run or where it was only written), the plan, and a report."""
+    """What pruning gives: the model (None after a dry run or where it was only written), the plan, and a report.
+
+    tokenizer: the one that belongs to the result where its vocabulary was pruned, else the source's where one was used.
+    """
 
     model: PreTrainedModel | None
     plan: Plan
     report: dict[str, Any] = field(default_factory=dict)
     scores: Scores | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 @dataclass
@@ -102,6 +115,11 @@ class Source:
         if self.checkpoint is None:
             raise UsageError("nothing to run")
         return self.checkpoint
+
+    def words(self) -> Words:
+        """The tokenizer in the form in which its vocabulary can be pruned."""
+        generation = getattr(self.model, "generation_config", None)
+        return Words.open(self.checkpoint, self.tokenizer, self.config, generation and generation.to_dict())
 
     @property
     def name(self) -> str:
@@ -161,13 +179,20 @@ def _only_per_layer(layout: Layout, axes: list[str]) -> ModelError:
     )
 
 
+def scored_axes(layout: Layout, recipe: Recipe) -> tuple[str, ...]:
+    """The axes whose units are scored: all but the vocabulary, about which a text decides."""
+    return tuple(a for a in resolve_axes(layout, recipe.structures, shape=recipe.shape) if a != "vocab")
+
+
 def resolve(recipe: Recipe, source: Source) -> Recipe:
     """The recipe with everything that it left open decided.
 
     Second-order selection where every structure is a dense layer's own; weighted by gradients where layers compete.
     Elsewhere (experts' channels, hidden channels, layers) first-order Taylor scores all kinds alike.
     """
-    axes = resolve_axes(source.layout, recipe.structures, shape=recipe.shape)
+    axes = scored_axes(source.layout, recipe)
+    if not axes:
+        return recipe
     inside = not {"layer", "hidden"} & set(axes)
     allocate = recipe.allocate or ("global" if recipe.shape == "per-layer" and inside else "uniform")
     criterion = recipe.criterion
@@ -208,13 +233,24 @@ def calibrate(source: Source, recipe: Recipe, ids: torch.Tensor | None = None) -
 
 
 def plan_pruning(
-    source: Source, recipe: Recipe, *, calibration: Calibration | None = None, progress: Progress = silent
+    source: Source,
+    recipe: Recipe,
+    *,
+    calibration: Calibration | None = None,
+    vocabulary: Retokenized | None = None,
+    progress: Progress = silent,
 ) -> tuple[Plan, Scores]:
-    """Score and decide, cutting nothing. calibration: None makes it as the recipe says, where the criterion wants any."""
+    """Score and decide, cutting nothing. calibration: None makes it as the recipe says, where the criterion wants any.
+
+    vocabulary: what `keep_tokens` gave for this recipe.
+    """
     recipe = resolve(recipe, source)
+    axes = scored_axes(source.layout, recipe)
+    whole = _budget(source, recipe, axes, recipe.share)
+    whole.vocab = None if vocabulary is None else len(vocabulary.kept)
+    if not axes and vocabulary is not None:
+        return vocabulary_alone(whole, vocabulary, recipe, _provenance(source, recipe, None)), Scores()
     criterion = get_criterion(recipe.criterion or "")
-    axes = resolve_axes(source.layout, recipe.structures, shape=recipe.shape)
-    whole = _budget(source, recipe, axes, recipe.remove)
     if calibration is None and criterion.needs != "weights":
         calibration = calibrate(source, recipe)
     batches = calibration.batches(recipe.batch) if calibration else []
@@ -223,6 +259,7 @@ def plan_pruning(
     def decide(now: Source, share: float) -> tuple[Plan, Scores]:
         stream = Stream(now.runnable, now.layout, dtype=compute_dtype(recipe), device=recipe.device)
         budget = _budget(now, recipe, axes, share)
+        budget.vocab = whole.vocab
         going = now.layout.num_layers - allocate_uniform(budget).layers if "layer" in axes else 0
         scores = estimate(
             stream,
@@ -239,7 +276,8 @@ def plan_pruning(
         ), scores
 
     if recipe.iterative_steps == 1:
-        return decide(source, recipe.remove)
+        once, scores = decide(source, recipe.share)
+        return with_vocabulary(once, vocabulary, whole), scores
 
     # In steps: each removes an equal part of the whole amount from what the one before left.
     plan: Plan | None = None
@@ -249,7 +287,7 @@ def plan_pruning(
     total = whole.before.amount(recipe.of)
     for step in range(1, recipe.iterative_steps + 1):
         left = (plan.after if plan else whole.before).amount(recipe.of)
-        share = (recipe.remove * step / recipe.iterative_steps * total - (total - left)) / left
+        share = (recipe.share * step / recipe.iterative_steps * total - (total - left)) / left
         if share <= 0:
             continue
         part, scores = decide(now, share)
@@ -307,10 +345,12 @@ def write_pruned(
     writer: CheckpointWriter,
     recipe: Recipe | None = None,
     refitted: Iterator[Refitted] | None = None,
+    vocabulary: Retokenized | None = None,
 ) -> Path:
     """Cut the source as a plan says, one block at a time, into a checkpoint. Returns where it lies.
 
     refitted: for each block of the result in turn, tensors that take the place of those that are merely cut.
+    vocabulary: the tokenizer's files, where the plan has a vocabulary.
     """
     layout = source.layout
     plan.check(layout)
@@ -345,8 +385,13 @@ def write_pruned(
         writer.add_file(FILE, modelling_file(type(target), type(result)))
     if target.model_type in NATIVE:
         writer.add_file(NATIVE[target.model_type].file, NATIVE[target.model_type].code())
+    files = vocabulary.files if vocabulary else {}
     for path in source.checkpoint.side_files() if source.checkpoint else []:
-        writer.copy_file(path)
+        if place_of(path) not in files:
+            writer.copy_file(path)
+    for name, content in files.items():
+        if content is not None:
+            writer.add_file(name, content)
     writer.add_file("plan.json", plan.to_json())
     if recipe is not None:
         writer.add_file("recipe.yaml", recipe.to_yaml())
@@ -365,7 +410,8 @@ def apply_plan(model: str | Path, plan: Plan, out: str | Path, *, overwrite: boo
         recorded = plan.provenance.get("source", {}).get("digest")
         if source.checkpoint is not None and recorded != source.checkpoint.digest():
             plan = plan.model_copy(update={"provenance": {**plan.provenance, "applied_to": source.name}})
-        return write_pruned(source, recount_for(source, plan), writer)
+        vocabulary = retokenize_as_planned(source.words(), plan) if plan.vocab else None
+        return write_pruned(source, recount_for(source, plan), writer, vocabulary=vocabulary)
 
 
 def recount_for(source: Source, plan: Plan) -> Plan:
@@ -400,17 +446,25 @@ def prune(
     ids = calibration if isinstance(calibration, torch.Tensor) else None
     if calibration is not None and ids is None:
         settings["calibration"] = str(calibration)
+    if settings.get("keep_tokens_from") is not None:
+        settings["keep_tokens_from"] = str(settings["keep_tokens_from"])
     recipe = make_recipe(dict(base or {}), **settings)
-    Amount(recipe.remove, recipe.of)
+    Amount(recipe.share, recipe.of)
+    check_vocabulary(recipe)
     source = Source.open(model, tokenizer)
     recipe = resolve(recipe, source)
     started = time.perf_counter()
     # The output is claimed before anything is computed: what is in its way should not be found after hours.
     claim = _writer(source, out, overwrite) if out is not None and not dry_run else contextlib.nullcontext()
     with claim as writer:
-        wanted = get_criterion(recipe.criterion or "").needs != "weights" or (not dry_run and _compensates(recipe))
+        axes = scored_axes(source.layout, recipe)
+        vocabulary = None
+        if recipe.keep_tokens_from is not None:
+            budget = _budget(source, recipe, ("vocab",), recipe.share)
+            vocabulary = keep_tokens(source.words(), recipe, budget, alone=not axes, progress=progress)
+        wanted = axes and (get_criterion(recipe.criterion or "").needs != "weights" or (not dry_run and _compensates(recipe)))
         text = calibrate(source, recipe, ids) if wanted else None
-        plan, scores = plan_pruning(source, recipe, calibration=text, progress=progress)
+        plan, scores = plan_pruning(source, recipe, calibration=text, vocabulary=vocabulary, progress=progress)
         report: dict[str, Any] = {
             "model_type": source.layout.model_type,
             "requested": recipe.remove,
@@ -420,11 +474,13 @@ def prune(
             "after": plan.after.model_dump(),
             "recipe": recipe.model_dump(mode="json"),
         }
+        if vocabulary is not None:
+            report["vocabulary"] = vocabulary.facts
         result: PreTrainedModel | None = None
         refitted = refit_blocks(source, plan, recipe, text, progress) if not dry_run else None
         if writer is not None:
-            report["out"] = str(write_pruned(source, plan, writer, recipe, refitted))
+            report["out"] = str(write_pruned(source, plan, writer, recipe, refitted, vocabulary))
         elif not dry_run:
             result = cut_model(source.resident(), source.layout, plan, refitted)
     report["seconds"] = round(time.perf_counter() - started, 2)
-    return Pruned(result, plan, report, scores)
+    return Pruned(result, plan, report, scores, vocabulary.tokenizer if vocabulary else source.tokenizer)

@@ -19,6 +19,7 @@ from pared.per_layer import HEADS as KEPT_HEADS
 from pared.per_layer import SHAPES, PerLayer, make_block
 from pared.plan import Plan, kept_sizes
 from pared.structure import HEAD_DIM, HEADS, LAYERS, Layout, block_entries, keep_layers, resize, sizes_of
+from pared.vocabulary import remap_ids
 
 
 def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple[PreTrainedConfig, PerLayer]:
@@ -27,9 +28,11 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
     Raises ModelError where the family's config, or that of a family with the same block, can not say it.
     """
     shapes = [{a: n for a, n in plan.sizes(i, layout).items() if a not in layout.sizes} for i in range(len(plan.layers))]
-    shared = {"hidden": plan.sizes(None, layout)["hidden"]} if plan.hidden is not None else {}
+    shared = kept_sizes(plan.selection(None, layout))
     sources = [layer.source for layer in plan.layers]
     data = keep_layers(config.to_dict(), sources, layout.num_layers)
+    if (new := plan.numbering(layout)) is not None:
+        data = remap_ids(data, new, "config.json")
     data[config.attribute_map.get(LAYERS, LAYERS)] = len(sources)
     changed = {a for i, own in enumerate(shapes) for a in own if own[a] != layout.layer_sizes[sources[i]].get(a)}
     stock = all(layout.proofs[a].stock for a in changed | shared.keys() if a in layout.proofs)
@@ -229,6 +232,10 @@ def assemble(
     fill(result, state, frozen=False)
     modeling.fill_buffers(result, result, next(iter(state.values())).device)
     if generation_config is not None and result.can_generate():
+        if (new := plan.numbering(layout)) is not None:
+            generation_config = type(generation_config).from_dict(
+                remap_ids(generation_config.to_dict(), new, "generation_config")
+            )
         result.generation_config = generation_config
     return result
 

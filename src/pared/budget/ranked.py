@@ -34,7 +34,7 @@ def allocate_ranked(budget: Budget, scores: Scores) -> dict[int, Sizes]:
 
     for i, a in ladders:
         push(i, a)
-    removed = 0
+    removed = budget.given
     while heap and removed < budget.target:
         now, i, a, step = heapq.heappop(heap)
         if step != at[i, a] or now != price[i, a]:

@@ -89,7 +89,8 @@ def recount(plan: Plan, budget: Budget) -> Plan:
     """The plan with its account of what it leaves."""
     layout, of = budget.layout, plan.of
     layers = [(p.source, kept_sizes(plan.selection(i, layout))) for i, p in enumerate(plan.layers)]
-    after = budget.count(layers, plan.sizes(None, layout)["hidden"])
+    outside = plan.sizes(None, layout)
+    after = budget.count(layers, outside["hidden"], outside["vocab"])
     removed = 1 - after.amount(of) / budget.before.amount(of)
     return plan.model_copy(update={"before": budget.before, "after": after, "removed": removed})
 
