@@ -87,7 +87,7 @@ def block_count(
                 and layout.tensors[name].dims_of("expert") == [0]
                 and len(layout.shapes[name]) == 3
             )
-            flops += n * (experts_used or sizes["expert"]) // sizes["expert"] if routed else n
+            flops += n * min(experts_used or sizes["expert"], sizes["expert"]) // sizes["expert"] if routed else n
     if cache_entries(layout, source, sizes, names):
         flops += 2 * sizes["kv"] * sizes["query"] * sizes["d"] * context
     return params, flops

@@ -145,7 +145,9 @@ class _Block:
         finally:
             for handle in handles:
                 handle.remove()
-        return after, outputs, list(dict.fromkeys(order))
+        # MLPs beside experts see tokens of all sequences in one row.
+        rows = {n: [y.reshape(*h.shape[:2], -1) for y, h in zip(ys, x, strict=True)] for n, ys in outputs.items()}
+        return after, rows, list(dict.fromkeys(order))
 
     def _additive(self, x: list[Tensor], after: list[Tensor], outputs: dict[str, list[Tensor]], order: list[str]) -> bool:
         """Whether the block's output is its input plus the consumers' outputs: then the drift has a place in the target."""
@@ -219,8 +221,8 @@ class _Block:
                 handle.remove()
         residual = hidden
         for n in before:
-            residual = residual + outputs[n][0]
-        return seen[0], residual
+            residual = residual + outputs[n][0].reshape(hidden.shape)
+        return seen[0].reshape(*hidden.shape[:2], -1), residual
 
     def _kept_columns(self, full: str, dim: int) -> Tensor:
         kept = indices(self.layout.tensors[full].dims[dim], self.sizes, self.keep, self.layout.shapes[full][dim])

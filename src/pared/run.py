@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from pared import modeling
 from pared.budget import Amount, Budget
-from pared.budget.select import make_plan, recount
+from pared.budget.select import check_amount, make_plan, recount
 from pared.budget.uniform import allocate_uniform
 from pared.calibration import Calibration, load_calibration, sample_from_model
 from pared.checkpoint import Checkpoint, place_of
@@ -42,7 +42,7 @@ from pared.retokenize import (
     with_vocabulary,
 )
 from pared.stream import Stream
-from pared.structure import Layout
+from pared.structure import Layout, experts_per_token
 from pared.surgery import cut_block, cut_model, cut_outside, embedding_scale, keep_scale, target_config, written_as
 from pared.writer import CheckpointWriter
 
@@ -127,7 +127,7 @@ class Source:
 
     @property
     def experts_used(self) -> int | None:
-        return next((v for k in ("num_experts_per_tok", "moe_k") if (v := getattr(self.config, k, None))), None)
+        return experts_per_token(self.config)
 
 
 def resolve_axes(layout: Layout, structures: tuple[str, ...] | None, *, shape: str = "per-layer") -> tuple[str, ...]:
@@ -453,11 +453,13 @@ def prune(
     check_vocabulary(recipe)
     source = Source.open(model, tokenizer)
     recipe = resolve(recipe, source)
+    axes = scored_axes(source.layout, recipe)
+    if axes and recipe.keep_tokens_from is None:
+        check_amount(_budget(source, recipe, axes, recipe.share), recipe.allocate or "uniform")  # before weights are read
     started = time.perf_counter()
     # The output is claimed before anything is computed: what is in its way should not be found after hours.
     claim = _writer(source, out, overwrite) if out is not None and not dry_run else contextlib.nullcontext()
     with claim as writer:
-        axes = scored_axes(source.layout, recipe)
         vocabulary = None
         if recipe.keep_tokens_from is not None:
             budget = _budget(source, recipe, ("vocab",), recipe.share)
@@ -476,6 +478,8 @@ def prune(
         }
         if vocabulary is not None:
             report["vocabulary"] = vocabulary.facts
+        if scores.visits:
+            report["experts_never_routed"] = scores.never_visited()
         result: PreTrainedModel | None = None
         refitted = refit_blocks(source, plan, recipe, text, progress) if not dry_run else None
         if writer is not None:

@@ -50,6 +50,14 @@ class Calls:
     by_name: bool
 
 
+Around = Callable[[int, nn.Module], contextlib.AbstractContextManager[None]]
+
+
+def nothing_around(i: int, block: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """No hooks on a block."""
+    return contextlib.nullcontext()
+
+
 class Stream:
     """A causal language model that runs block by block.
 
@@ -76,6 +84,7 @@ class Stream:
             self.weights = modeling.Weights(source, self.model)
         self._layers = modeling.blocks(self.model)[1]
         self._calls: dict[tuple[int, ...], list[Calls]] = {}
+        self.around: Around = nothing_around  # hangs around each block while all batches run through it
         self._tuples = False  # whether blocks return a tuple: what a stand-in has to return too
 
     @property
@@ -214,7 +223,7 @@ class Stream:
         """All batches through all blocks. `visit` may take a block's place: (i, block, inputs) -> outputs."""
         hidden = self.embed(batches)
         for i in range(self.num_layers):
-            with self.block(i) as block, torch.no_grad():
+            with self.block(i) as block, torch.no_grad(), self.around(i, block):
                 hidden = [self.run(block, i, h) for h in hidden] if visit is None else visit(i, block, hidden)
         return hidden
 

@@ -28,6 +28,7 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
     Raises ModelError where the family's config, or that of a family with the same block, can not say it.
     """
     shapes = [{a: n for a, n in plan.sizes(i, layout).items() if a not in layout.sizes} for i in range(len(plan.layers))]
+    together = {a: n for s in shapes for a, n in s.items()}
     shared = kept_sizes(plan.selection(None, layout))
     sources = [layer.source for layer in plan.layers]
     data = keep_layers(config.to_dict(), sources, layout.num_layers)
@@ -36,11 +37,11 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
     data[config.attribute_map.get(LAYERS, LAYERS)] = len(sources)
     changed = {a for i, own in enumerate(shapes) for a in own if own[a] != layout.layer_sizes[sources[i]].get(a)}
     stock = all(layout.proofs[a].stock for a in changed | shared.keys() if a in layout.proofs)
-    if stock and all(s == shapes[0] for s in shapes):
+    if stock and all(together[a] == n for s in shapes for a, n in s.items()):
         # The layers' own sizes say what a config leaves open; where it says a size, that is what may have to change.
-        said = {**layout.layer_sizes[sources[0]], **sizes_of(config, layout.keys)}
+        said = {a: n for i in sources for a, n in layout.layer_sizes[i].items()} | sizes_of(config, layout.keys)
         try:
-            changes = resize(config, layout.keys, {**_changed(shapes[0], said), **shared})
+            changes = resize(config, layout.keys, {**_changed(together, said), **shared})
             return _build(config, {**data, **changes}), {}
         except ModelError:
             if plan.shape == "uniform":
@@ -111,7 +112,7 @@ def _add_shapes(layout: Layout, plan: Plan, target: PreTrainedConfig, entries: P
 
 def written_as(layout: Layout, config: PreTrainedConfig, sizes: Mapping[str, int], hidden: int | None) -> str | None:
     """The model type whose config can say a uniform shape: the family's own, a stand-in's, or None."""
-    now = {a: n for a, n in sizes.items() if any(n != own.get(a) for own in layout.layer_sizes)}
+    now = {a: n for a, n in sizes.items() if any(n != own[a] for own in layout.layer_sizes if a in own)}
     now |= {} if hidden is None else {"hidden": hidden}
     if not all(layout.proofs[a].stock for a in now if a in layout.proofs):
         return None

@@ -119,8 +119,8 @@ class Budget:
 
     @property
     def width_axes(self) -> list[str]:
-        """Requested axes with many small units: FFN channels of any kind."""
-        return [a for a in self.axes if a.endswith("ffn")]
+        """Requested axes with many small units: FFN channels of any kind, but for those whose number follows from another's."""
+        return [a for a in self.axes if a.endswith("ffn") and a not in self.layout.follows]
 
     def step(self, axis: str) -> int:
         """The multiple that kept units of an axis are rounded to."""
@@ -128,7 +128,7 @@ class Budget:
         if axis == "vocab":
             return self.align or max(8, min(64, 2 ** int(math.log2(max(1, n // 128)))))
         if not (axis.endswith("ffn") or axis == "hidden"):
-            return 1
+            return self.layout.runs.get(axis, 1)
         # Kernels like round numbers, and the budget wants fine steps: a power of two under 1% of the axis.
         fine = min(64, 2 ** int(math.log2(max(1, n // 128))))
         return math.lcm(self.align or fine, self.grain(axis))
@@ -140,12 +140,29 @@ class Budget:
             return max(s.get("kv", 1) * s.get("query", 1) for s in self.layout.layer_sizes)
         return 8 if axis in self._stacked and axis not in ("kv", "query") else 1
 
+    def full(self) -> Sizes:
+        """Units of every axis in the layers that are not protected; axes that not all of them have are among these."""
+        free = [i for i in range(self.layout.num_layers) if i not in self.protected] or [0]
+        return {**self.layout.sizes, **{a: n for i in free for a, n in self.layout.layer_sizes[i].items()}}
+
+    def levels(self, axis: str, n: int) -> list[int]:
+        """How many of n units of an axis with few may stay, from all of them down."""
+        return list(range(n, max(1, self.layout.least.get(axis, 1)) - 1, -self.layout.runs.get(axis, 1))) or [n]
+
     def unreachable(self, most: float) -> UsageError:
         """The error for an amount that these axes can not give; most: the largest share that they can."""
         least = self.given / self.before.amount(self.amount.of)
         return UsageError(
             f"removing {self.amount.remove:.1%} of {self.amount.of} is out of reach: "
-            f"{', '.join([*(['vocab'] if self.vocab else []), *self.axes])} can give between {f'{least:.1%}' if least else '0%'} and {math.floor(most * 1000) / 1000:.1%}",
+            f"{', '.join([*(['vocab'] if self.vocab else []), *self.axes])} can give between {f'{least:.1%}' if least else '0%'} and {math.floor(most * 1000) / 1000:.1%}"
+            f"{self._experts_stay()}",
             where="--remove",
             fix="ask for less, add structures, or use a smaller --align",
         )
+
+    def _experts_stay(self) -> str:
+        if "expert" not in self.axes or "expert" not in self.layout.least:
+            return ""
+        least, runs = self.layout.least["expert"], self.layout.runs.get("expert", 1)
+        groups = f", as many in each of {runs} groups" if runs > 1 else ""
+        return f": of {self.full()['expert']} experts {least} have to stay{groups}, for every token visits {self.experts_used}"

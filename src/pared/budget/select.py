@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pared.axes import Nested
 from pared.budget import Budget, Sizes
-from pared.budget.ranked import allocate_ranked
+from pared.budget.ranked import allocate_ranked, check_reach
 from pared.budget.uniform import allocate_uniform
 from pared.errors import UsageError
 from pared.estimate import Scores
@@ -18,6 +18,14 @@ from pared.plan import Plan, kept_sizes, layer_plan, to_ranges
 from pared.structure import Layout
 
 ALLOCATIONS = ("uniform", "global")
+
+
+def check_amount(budget: Budget, allocate: str) -> None:
+    """UsageError where the amount is out of reach, whatever the scores will be."""
+    if allocate == "uniform":
+        allocate_uniform(budget)
+    elif allocate == "global":
+        check_reach(budget)
 
 
 def make_plan(
@@ -106,7 +114,7 @@ def select(layout: Layout, scores: Scores, layer: int, sizes: Sizes) -> dict[str
         value = scores.of[layer, axis]
         parent = layout.parents.get(axis)
         if parent is None:
-            keep[axis] = top(value, n)
+            keep[axis] = top(value, n, layout.runs.get(axis, 1))
         else:
             chosen = keep.get(parent)
             rows = value.reshape(full[parent], full[axis])
@@ -115,6 +123,7 @@ def select(layout: Layout, scores: Scores, layer: int, sizes: Sizes) -> dict[str
     return keep
 
 
-def top(value: Tensor, n: int) -> Tensor:
-    """Indices of the n largest values, ascending."""
-    return value.argsort(descending=True, stable=True)[:n].sort().values
+def top(value: Tensor, n: int, runs: int = 1) -> Tensor:
+    """Indices of the n largest values, ascending; as many out of each of so many equal runs of them."""
+    order = value.reshape(runs, -1).argsort(dim=1, descending=True, stable=True)[:, : n // runs]
+    return (order + torch.arange(runs, device=value.device)[:, None] * (len(value) // runs)).flatten().sort().values

@@ -33,6 +33,7 @@ from pared.evaluate.perplexity import (
 from pared.evaluate.speed import Speed, measure_speed, peak_memory_bytes
 from pared.plan import Plan, from_ranges
 from pared.proof import proved_layout
+from pared.structure import experts_per_token
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 DEFAULT_SEQ_LEN = 512
@@ -55,7 +56,7 @@ class Subject:
     def open(cls, model: str | Path) -> Subject:
         checkpoint = Checkpoint.open(model)
         config, per_layer = modeling.make_config(checkpoint.config)
-        used = next((v for k in ("num_experts_per_tok", "moe_k") if (v := getattr(config, k, None))), None)
+        used = experts_per_token(config)
         return cls(checkpoint, config, account(proved_layout(config, per_layer), experts_used=used))
 
     @property

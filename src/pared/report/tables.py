@@ -43,6 +43,9 @@ def pruned(report: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> Iter
         )
     if kept:
         yield "kept in each layer: " + ", ".join(f"{axis} {_spread(counts)}" for axis, counts in kept.items())
+    never = report.get("experts_never_routed")
+    if never and never["count"]:
+        yield f"{never['count']:,} of {never['of']:,} experts were sent no token of the calibration text"
 
 
 def kept_units(plan: Any) -> dict[str, list[int]]:
