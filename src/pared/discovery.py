@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pared import modeling
 from pared.axes import Fixed, Name, Signature, count, names, parse, size
 from pared.errors import ModelError
-from pared.miniature import AXIS_OF_KEY, Miniature, find_miniature, kind_keys, kinds_of
+from pared.miniature import Miniature, axis_of_key, find_miniature, kind_keys, kinds_of
 from pared.per_layer import HEADS as KEPT_HEADS
 from pared.per_layer import PerLayer, layer_config
 from pared.silence import Tied, head_arguments, tied_axes
@@ -330,7 +330,7 @@ def _size_keys(small: Miniature, base: PreTrainedConfig) -> dict[str, str]:
             continue
         step = 8 if key == HEAD_DIM or "dim" in key or "size" in key or value is None else 2
         if _moves(small, {key: (value or 48) + step}, shapes):
-            keys["d" if key == HEAD_DIM else AXIS_OF_KEY.get(key, key)] = key
+            keys["d" if key == HEAD_DIM else axis_of_key(key)] = key
     kv = getattr(base, KV_HEADS, None)
     if kv and "kv" not in keys and _moves(small, {raw_key(base, KV_HEADS): 2 * kv if kv == 1 else kv // 2}, shapes):
         keys["kv"] = KV_HEADS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -194,7 +195,19 @@ def _parts(config: PreTrainedConfig, data: dict[str, Any], scale: Scale) -> dict
 
 def _is_width(key: str) -> bool:
     """Whether a config key says the width of an FFN."""
-    return AXIS_OF_KEY.get(key, "expert") != "expert" or any(w in key for w in ("ffn", "intermediate", "inner"))
+    return axis_of_key(key).endswith("ffn")
+
+
+_WIDTH = re.compile(r"intermediate_size|ffn_hidden_size|ffn_dim|ffn_size|dim_ff|n_inner|inner_dim|dff")
+
+
+def axis_of_key(key: str) -> str:
+    """What pared calls the axis whose size a config key says: widths of FFNs end in "ffn", the others are called as the key."""
+    named = AXIS_OF_KEY.get(key)
+    if named is None and _WIDTH.search(key) and "factor" not in key:
+        named = _WIDTH.sub("ffn", key)
+        named = named if named.endswith("ffn") else f"{named}_ffn"
+    return named or key
 
 
 def _ratio(config: PreTrainedConfig, data: dict[str, Any]) -> dict[str, Any]:
