@@ -46,6 +46,7 @@ AXIS_OF_KEY = {
     "moe_num_experts": "expert",
 }
 _NOT_MODEL = ("quantization_config", "auto_map", "torch_dtype", "dtype", PER_LAYER, SHAPES, HEADS)
+_LENGTH_SCALING = ("linear", "dynamic", "yarn", "longrope", "llama3", "su", "mrope", "ntk")
 _VOCABULARY, _POSITIONS, _TOKENS = 128, 64, 12
 
 
@@ -157,10 +158,9 @@ def _shrink(config: PreTrainedConfig, layers: tuple[int, ...], scale: Scale, siz
             small[key] = {k: min(v, 1) if k in ("num_hidden_layers", "num_blocks", "depth") else v for k, v in value.items()}
     small["max_position_embeddings"] = _POSITIONS
     wanted = {**data, **small, **sizes}
-    try:
-        return type(config).from_dict(wanted)
-    except AttributeError:  # head_dim is computed, and can not be set
-        return type(config).from_dict({k: v for k, v in wanted.items() if k != HEAD_DIM})
+    if isinstance(computed := getattr(type(config), HEAD_DIM, None), property) and computed.fset is None:
+        wanted.pop(HEAD_DIM, None)
+    return type(config).from_dict(wanted)
 
 
 def _experts(config: PreTrainedConfig, data: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +230,8 @@ def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings without length scaling, whose factor lists depend on the head size."""
     if any(isinstance(v, dict) for v in rope.values()):
         return {k: _plain_rope(v) if isinstance(v, dict) else v for k, v in rope.items()}
-    return {k: v for k, v in rope.items() if not isinstance(v, list)} | {"rope_type": "default"}
+    plain = {} if rope.get("rope_type") not in _LENGTH_SCALING else {"rope_type": "default"}
+    return {k: v for k, v in rope.items() if not isinstance(v, list)} | plain
 
 
 def probe_ids(rows: int = 2) -> Tensor:

@@ -16,7 +16,7 @@ from pared.axes import Selection, indices, names, parse, size, take, zero_
 from pared.errors import ModelError
 from pared.families import STAND_INS
 from pared.per_layer import HEADS as KEPT_HEADS
-from pared.per_layer import SHAPES, PerLayer, make_block
+from pared.per_layer import PER_LAYER, SHAPES, PerLayer, make_block
 from pared.plan import Plan, kept_sizes
 from pared.structure import HEAD_DIM, HEADS, LAYERS, Layout, block_entries, keep_layers, resize, sizes_of
 from pared.vocabulary import remap_ids
@@ -35,6 +35,8 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
     if (new := plan.numbering(layout)) is not None:
         data = remap_ids(data, new, "config.json")
     data[config.attribute_map.get(LAYERS, LAYERS)] = len(sources)
+    if own := {int(i): e for i, e in (data.get(PER_LAYER) or {}).items()}:  # of families that say it by themselves
+        data[PER_LAYER] = {i: own[source] for i, source in enumerate(sources) if source in own}
     changed = {a for i, own in enumerate(shapes) for a in own if own[a] != layout.layer_sizes[sources[i]].get(a)}
     stock = all(layout.proofs[a].stock for a in changed | shared.keys() if a in layout.proofs)
     if stock and all(together[a] == n for s in shapes for a, n in s.items()):
