@@ -148,7 +148,7 @@ def resize(config: PreTrainedConfig, keys: Mapping[str, str], sizes: Mapping[str
         if "kv" in keys:
             out[raw_key(config, KV_HEADS)] = kv
         if keys.get("d") == HEAD_DIM:
-            out[HEAD_DIM] = now["d"]
+            out[HEAD_DIM] = sizes.get("d", now["d"])
     if "hidden" in sizes:
         out[raw_key(config, HIDDEN)] = sizes["hidden"]
         if keys.get("d") == HEAD_DIM:

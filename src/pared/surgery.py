@@ -39,7 +39,9 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
         data[PER_LAYER] = {i: own[source] for i, source in enumerate(sources) if source in own}
     changed = {a for i, own in enumerate(shapes) for a in own if own[a] != layout.layer_sizes[sources[i]].get(a)}
     stock = all(layout.proofs[a].stock for a in changed | shared.keys() if a in layout.proofs)
-    if stock and all(together[a] == n for s in shapes for a, n in s.items()):
+    if getattr(config, "is_heterogeneous", False):
+        together = {a: n for a, n in together.items() if a in changed}  # what else they differ in is the family's own way
+    if stock and all(together[a] == n for s in shapes for a, n in s.items() if a in together):
         # The layers' own sizes say what a config leaves open; where it says a size, that is what may have to change.
         said = {a: n for i in sources for a, n in layout.layer_sizes[i].items()} | sizes_of(config, layout.keys)
         try:
@@ -127,7 +129,7 @@ def written_as(layout: Layout, config: PreTrainedConfig, sizes: Mapping[str, int
 def _changed(sizes: Mapping[str, int], dense: Mapping[str, int]) -> dict[str, int]:
     changed = {a: n for a, n in sizes.items() if n != dense[a]}
     if changed.keys() & {"kv", "query"}:
-        changed.update(kv=sizes["kv"], query=sizes["query"])
+        changed |= {a: sizes[a] for a in ("kv", "query") if a in sizes}
     return changed
 
 
