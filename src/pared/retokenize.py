@@ -62,13 +62,14 @@ class Words:
         files: dict[str, bytes] = {}
         if checkpoint is not None:
             files = {place_of(p): p.read_bytes() for p in checkpoint.side_files()}
+        given = tokenizer is not None
         if tokenizer is None:
             if checkpoint is None:
                 raise UsageError("pruning the vocabulary needs the tokenizer", where="structures", fix="pass tokenizer=")
             tokenizer = load_tokenizer(checkpoint.path, config)
-        carried = TOKENIZER in files
+        carried = TOKENIZER in files and not given
         if not carried:
-            # Another form of the same vocabulary, or no file at all: transformers writes tokenizer.json from it.
+            # Another form of the same vocabulary, or no file of this tokenizer: transformers writes tokenizer.json from it.
             files |= _saved(tokenizer)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or TOKENIZER not in files:
