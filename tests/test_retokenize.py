@@ -457,3 +457,14 @@ def test_the_shipped_model_loses_tokens(storyteller: Path, tmp_path: Path) -> No
     assert [kept[i] for i in new(text.read_text())["input_ids"]] == old(text.read_text())["input_ids"]
     for other in UNSEEN:
         assert new.decode(new(other)["input_ids"]) == old.decode(old(other)["input_ids"])
+
+
+def test_a_tokenizer_that_is_given_takes_the_place_of_the_one_beside_the_weights(made: Any, tmp_path: Path) -> None:
+    dense, _, text = made("byte-level")
+    words = vocabs.tokenizer("byte-level", extra=("<other>",))
+    result = run(dense, text, tmp_path / "out", tokenizer=words)
+    new = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert new.get_vocab() == result.tokenizer.get_vocab()  # type: ignore[union-attr]
+    assert "<other>" in new.get_vocab() and "<tool>" not in new.get_vocab()
+    kept = kept_of(tmp_path / "out")
+    assert [kept[i] for i in new(KEPT[0])["input_ids"]] == words(KEPT[0])["input_ids"]

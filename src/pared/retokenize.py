@@ -285,7 +285,7 @@ def spelt(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> list[str]:
 def load_tokenizer(path: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """The tokenizer in a directory. ModelError where there is none, MissingError where it needs a package."""
     try:
-        return AutoTokenizer.from_pretrained(path, config=config)
+        return AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
     except ImportError as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "a package is missing").strip()
         raise MissingError(f"the tokenizer can not be loaded: {reason}", where=path, fix="install what it asks for") from error
