@@ -374,7 +374,7 @@ def test_the_vocabulary_and_the_blocks_share_one_budget(made: Any, tmp_path: Pat
     plan = prune(dense, remove=alone.removed / 2, dry_run=True, **settings, **rest).plan
     assert plan.after.block_params == plan.before.block_params and plan.removed == pytest.approx(alone.removed)
     with pytest.raises(UsageError, match=rf"vocab, kv, query, ffn can give between {alone.removed:.1%} and"):
-        prune(dense, remove=0.99, **settings, **rest)
+        prune(dense, remove=0.99, **settings, **{**rest, "criterion": "taylor", "calibration": "never-read.txt"})
 
 
 def test_a_refit_goes_with_a_pruned_vocabulary(made: Any, tmp_path: Path) -> None:
