@@ -29,7 +29,7 @@ class Recipe(BaseModel):
         default="block-params", description="what the share is of; params for the vocabulary alone"
     )
     structures: tuple[Structure, ...] | None = Field(
-        default=None, description="what may be removed; by default heads and FFN channels"
+        default=None, description="what may be removed; by default heads and FFN channels, of experts channels"
     )
     keep_tokens_from: str | None = Field(
         default=None, description="for vocab: .txt, .jsonl or hub data set whose tokens are kept"

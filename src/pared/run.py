@@ -130,6 +130,15 @@ class Source:
         return experts_per_token(self.config)
 
 
+def default_structures(layout: Layout) -> tuple[str, ...]:
+    """What goes where nothing is named: heads and FFN channels, but of mixtures of experts channels alone.
+
+    There heads are few of the parameters and serve every token: an equal share of them was measured to cost more.
+    """
+    routed = any(layout.prunable(a) and parent == "expert" for a, parent in layout.parents.items())
+    return ("ffn",) if routed else DEFAULT_STRUCTURES
+
+
 def resolve_axes(layout: Layout, structures: tuple[str, ...] | None, *, shape: str = "per-layer") -> tuple[str, ...]:
     """The axes that the named structures are in this model. ModelError where one is not proved, with the reason.
 
@@ -137,7 +146,7 @@ def resolve_axes(layout: Layout, structures: tuple[str, ...] | None, *, shape: s
     """
     chosen: list[str] = []
     apart: list[str] = []
-    for structure in structures or DEFAULT_STRUCTURES:
+    for structure in structures or default_structures(layout):
         named = [a for a in layout.proofs if a == structure or (structure == "ffn" and a.endswith("ffn"))]
         proved = [a for a in named if layout.prunable(a)]
         if shape == "uniform" and (odd := [a for a in proved if not layout.prunable(a, stock=True)]):

@@ -417,6 +417,13 @@ def test_experts_go_with_heads_and_channels_under_one_budget() -> None:
         assert len(rows) in (0, experts)
 
 
+@pytest.mark.parametrize("family", tiny.EXPERTS)
+def test_by_default_channels_go_and_heads_and_experts_stay(family: str) -> None:
+    plan = tiny.cut(dense(family)[0], remove=0.2, dry_run=True).plan
+    lost = {a for layer in plan.layers for a in layer.keep}
+    assert lost and all(a.endswith("ffn") for a in lost) and plan.removed >= 0.2
+
+
 def test_no_hook_is_left_on_the_model() -> None:
     model = dense("mixtral-6")[0]
     before = {n: len(m._forward_pre_hooks) for n, m in model.named_modules() if isinstance(m, nn.Module)}
