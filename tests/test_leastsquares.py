@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pared.leastsquares import Moments2, cholesky, elimination_costs, refit, refit_guarded
+from pared.elimination import elimination_costs
+from pared.leastsquares import Guarded, Moments2, cholesky, refit, refit_guarded
 
 
 def correlated(tokens: int, n: int, seed: int = 0) -> Tensor:
@@ -103,7 +104,8 @@ def test_the_guard_never_takes_weights_that_are_worse_on_held_out_tokens() -> No
         a, held = correlated(6, 12, seed), correlated(300, 12, seed + 100)
         noise = torch.randn(6, 4, generator=g)
         fit, check = moments(a, a @ w.T + 3 * noise), moments(held, held @ w.T)
-        new, _, damping = refit_guarded(fit, check, w, kept, centred=False)
+        parts = [m.problem(centred=False) for m in (fit, check, fit.plus(check))]
+        new, _, damping = refit_guarded(Guarded(*parts), w, kept)
         if damping is None:
             assert torch.equal(new, w.double()[:, kept])
         else:

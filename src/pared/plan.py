@@ -106,6 +106,10 @@ class Plan(BaseModel):
                     out[axis] = _nested(axis, [from_ranges(row) for row in kept], layout)
         return out
 
+    def with_layer(self, i: int, layer: LayerPlan) -> Plan:
+        """The plan with other units kept in the result's layer i, as many as before."""
+        return self.model_copy(update={"layers": [*self.layers[:i], layer, *self.layers[i + 1 :]]})
+
     def sizes(self, layer: int | None, layout: Layout) -> dict[str, int]:
         """Units of every axis in the result's layer."""
         source = None if layer is None else self.layers[layer].source

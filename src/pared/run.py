@@ -15,14 +15,17 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pared import modeling
+from pared.blockparts import sole_consumer
 from pared.budget import Amount, Budget
-from pared.budget.select import make_plan, recount
+from pared.budget.select import Effort, make_plan, recount
+from pared.budget.trials import Judges
 from pared.budget.uniform import allocate_uniform
-from pared.calibration import Calibration, load_calibration, sample_from_model
+from pared.calibration import Batch, Calibration, load_calibration, sample_from_model
 from pared.checkpoint import Checkpoint
-from pared.compensate import Refitted, compensate
+from pared.compensate import Method, Refitted, compensate
 from pared.compose import compose
 from pared.criteria import get_criterion
+from pared.criteria.obs import AXES
 from pared.errors import ModelError, UsageError
 from pared.estimate import Progress, Scores, estimate, silent
 from pared.per_layer import PerLayer
@@ -31,14 +34,26 @@ from pared.proof import proved_layout
 from pared.recipe import Recipe, make_recipe
 from pared.remote_code import FILE, auto_map, modelling_file
 from pared.report.card import model_card
-from pared.stream import Stream
+from pared.stream import Stream, unpadded
 from pared.structure import Layout
-from pared.surgery import cut_block, cut_model, cut_outside, embedding_scale, keep_scale, target_config, written_as
+from pared.surgery import (
+    cut_block,
+    cut_model,
+    cut_outside,
+    cut_refitted,
+    embedding_scale,
+    keep_scale,
+    target_config,
+    written_as,
+)
 from pared.writer import CheckpointWriter
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_STRUCTURES = ("kv", "query", "ffn")
 DEFAULT_SEQ_LEN = 512
+# What the efforts stand for: generations of a search, steps of reconstruction.
+GENERATIONS = {"quick": 4, "default": 8, "max": 32}
+STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -161,19 +176,34 @@ def _only_per_layer(layout: Layout, axes: list[str]) -> ModelError:
 def resolve(recipe: Recipe, source: Source) -> Recipe:
     """The recipe with everything that it left open decided.
 
-    Second-order selection where every structure is a dense layer's own; weighted by gradients where layers compete.
-    Elsewhere (experts' channels, hidden channels, layers) first-order Taylor scores all kinds alike.
+    Second-order selection where every structure is a dense layer's own; weighted by gradients where layers compete by
+    score. Elsewhere (experts' channels, hidden channels, layers) first-order Taylor scores all kinds alike.
     """
     axes = resolve_axes(source.layout, recipe.structures, shape=recipe.shape)
     inside = not {"layer", "hidden"} & set(axes)
-    allocate = recipe.allocate or ("global" if recipe.shape == "per-layer" and inside else "uniform")
+    dense = all(a in get_criterion("obs").axes_or(axes) and source.layout.parents.get(a) != "expert" for a in axes)
+    quick = recipe.effort == "quick"
+    compensate = recipe.compensate or ("refit" if quick and not recipe.reconstruct else "sequential")
+    searches = dense and not quick and compensate == "sequential" and recipe.criterion in (None, "obs")
+    allocate = recipe.allocate or ("uniform" if recipe.shape == "uniform" or not inside else "search" if searches else "global")
     criterion = recipe.criterion
     if criterion is None:
-        dense = all(a in get_criterion("obs").axes_or(axes) and source.layout.parents.get(a) != "expert" for a in axes)
         criterion = "taylor" if not dense else "obs-fisher" if allocate == "global" else "obs"
+    reconstruct = recipe.reconstruct
+    if reconstruct is None:
+        reconstruct = STEPS if recipe.effort == "max" and compensate == "sequential" else 0
+    generations = recipe.search_steps or GENERATIONS[recipe.effort]
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     seq_len = recipe.seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
-    return make_recipe(recipe.model_dump(), allocate=allocate, criterion=criterion, seq_len=seq_len)
+    return make_recipe(
+        recipe.model_dump(),
+        allocate=allocate,
+        criterion=criterion,
+        compensate=compensate,
+        reconstruct=reconstruct,
+        search_steps=generations if allocate == "search" else recipe.search_steps,
+        seq_len=seq_len,
+    )
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype | None:
@@ -220,19 +250,30 @@ def plan_pruning(
     def decide(now: Source, share: float) -> tuple[Plan, Scores]:
         stream = Stream(now.runnable, now.layout, dtype=compute_dtype(recipe), device=recipe.device)
         budget = _budget(now, recipe, axes, share)
-        going = now.layout.num_layers - allocate_uniform(budget).layers if "layer" in axes else 0
-        scores = estimate(
-            stream,
-            criterion,
-            axes,
-            batches,
-            reduction=recipe.reduction,
-            seed=recipe.seed,
-            layers_to_remove=going + 1,
-            progress=progress,
-        )
+        measures = _measures(recipe, now.layout, axes)
+        if measures and not criterion.comparable and set(axes) <= _reselected(recipe, now.layout):
+            scores = _no_scores(now.layout, axes)  # sizes are measured, and units chosen in the walk that refits
+        else:
+            going = now.layout.num_layers - allocate_uniform(budget).layers if "layer" in axes else 0
+            scores = estimate(
+                stream,
+                criterion,
+                axes,
+                batches,
+                reduction=recipe.reduction,
+                seed=recipe.seed,
+                layers_to_remove=going + 1,
+                progress=progress,
+            )
         return make_plan(
-            budget, scores, shape=recipe.shape, allocate=recipe.allocate or "uniform", provenance=provenance
+            budget,
+            scores,
+            shape=recipe.shape,
+            allocate=recipe.allocate or "uniform",
+            judges=_judges(stream, recipe, axes, batches) if measures else None,
+            effort=Effort(recipe.search_steps or GENERATIONS[recipe.effort], recipe.search_minutes, recipe.seed),
+            provenance=provenance,
+            progress=progress,
         ), scores
 
     if recipe.iterative_steps == 1:
@@ -257,8 +298,18 @@ def plan_pruning(
     return recount(plan.model_copy(update={"requested": recipe.remove, "provenance": provenance}), whole), scores
 
 
+def _measures(recipe: Recipe, layout: Layout, axes: tuple[str, ...]) -> bool:
+    """Whether sizes are chosen by the KL of trial models: those are made by second-order selection and a refit."""
+    return set(axes) <= _reselected(recipe, layout) and (recipe.shape == "uniform" or recipe.allocate == "search")
+
+
+def _judges(stream: Stream, recipe: Recipe, axes: tuple[str, ...], batches: list[Batch]) -> Judges:
+    batches = [Batch(row, None) for b in unpadded(batches) for row in b.input_ids.split(1)]
+    return Judges(stream, axes, batches, recipe.batch)
+
+
 def _compensates(recipe: Recipe) -> bool:
-    return recipe.compensate != "none" or recipe.reconstruct > 0
+    return recipe.compensate != "none" or bool(recipe.reconstruct)
 
 
 def refit_blocks(
@@ -269,9 +320,45 @@ def refit_blocks(
         return None
     stream = Stream(source.runnable, source.layout, dtype=compute_dtype(recipe), device=recipe.device)
     batches = (calibration or calibrate(source, recipe)).batches(recipe.batch)
-    return compensate(
-        stream, plan, batches, mode=recipe.compensate, steps=recipe.reconstruct, seed=recipe.seed, progress=progress
+    method = Method(
+        mode=recipe.compensate or "sequential",
+        reselect=_reselected(recipe, source.layout),
+        steps=recipe.reconstruct or 0,
+        seed=recipe.seed,
     )
+    return compensate(stream, plan, batches, method, progress=progress)
+
+
+def _reselected(recipe: Recipe, layout: Layout) -> frozenset[str]:
+    """Axes whose units are chosen in the walk that refits, by second-order selection on what comes in there."""
+    if recipe.criterion not in ("obs", "obs-fisher") or recipe.compensate != "sequential" or recipe.iterative_steps > 1:
+        return frozenset()
+
+    # A layer's heads stand in the config where its arguments differ by head; that is settled before the walk.
+    axes = [a for a in AXES if not (layout.head_arguments and a in ("kv", "query"))]
+
+    def one(i: int, axis: str) -> bool:
+        return axis not in layout.layer_sizes[i] or not layout.holders(axis, i) or sole_consumer(layout, i, axis) is not None
+
+    return frozenset(a for a in axes if all(one(i, a) for i in range(layout.num_layers)))
+
+
+def _no_scores(layout: Layout, axes: tuple[str, ...]) -> Scores:
+    """Zero for every unit: a stand-in where other means decide which stay."""
+    out = Scores()
+    for i in range(layout.num_layers):
+        sizes = layout.sizes_at(i)
+        for axis in axes:
+            if layout.holders(axis, i):
+                out.of[i, axis] = torch.zeros(sizes[axis] * sizes.get(layout.parents.get(axis, ""), 1))
+    return out
+
+
+def chosen_again(plan: Plan, refitted: Iterator[Refitted] | None) -> Plan:
+    """The plan with the units that the walk chose; what it refitted is let go."""
+    for i, done in enumerate(refitted or ()):
+        plan = plan.with_layer(i, done.layer)
+    return plan
 
 
 def _budget(source: Source, recipe: Recipe, axes: tuple[str, ...], share: float) -> Budget:
@@ -304,10 +391,11 @@ def write_pruned(
     writer: CheckpointWriter,
     recipe: Recipe | None = None,
     refitted: Iterator[Refitted] | None = None,
-) -> Path:
-    """Cut the source as a plan says, one block at a time, into a checkpoint. Returns where it lies.
+) -> tuple[Path, Plan]:
+    """Cut the source as a plan says, one block at a time, into a checkpoint. Returns where it lies and the final plan.
 
-    refitted: for each block of the result in turn, tensors that take the place of those that are merely cut.
+    refitted: for each block of the result in turn, the units that it keeps, and tensors that take the place of those
+    that are merely cut.
     """
     layout = source.layout
     plan.check(layout)
@@ -335,8 +423,11 @@ def write_pruned(
     outside = [n for n in layout.tensors if layout.layer_of(n) is None]
     write(outside, lambda read: keep_scale(result, layout, scale, cut_outside(layout, plan, read)))
     for i, layer in enumerate(plan.layers):
-        changed = next(refitted).tensors if refitted is not None else {}
-        write(layout.block_tensors(layer.source), lambda read, i=i, c=changed: cut_block(layout, plan, i, read, c))  # type: ignore[misc]
+        done = next(refitted) if refitted is not None else None
+        if done is not None:
+            plan = plan.with_layer(i, done.layer)
+        changed = done.tensors if done is not None else {}
+        write(layout.block_tensors(layer.source), lambda read, i=i, p=plan, c=changed: cut_block(layout, p, i, read, c))  # type: ignore[misc]
     writer.add_file("config.json", modeling.config_json(target, per_layer, auto_map(type(target), type(result))))
     if per_layer:
         writer.add_file(FILE, modelling_file(type(target), type(result)))
@@ -346,7 +437,7 @@ def write_pruned(
     if recipe is not None:
         writer.add_file("recipe.yaml", recipe.to_yaml())
     writer.add_file("README.md", model_card(plan, source.name, per_layer=bool(per_layer)))
-    return writer.commit()
+    return writer.commit(), plan
 
 
 def apply_plan(model: str | Path, plan: Plan, out: str | Path, *, overwrite: bool = False) -> Path:
@@ -360,7 +451,7 @@ def apply_plan(model: str | Path, plan: Plan, out: str | Path, *, overwrite: boo
         recorded = plan.provenance.get("source", {}).get("digest")
         if source.checkpoint is not None and recorded != source.checkpoint.digest():
             plan = plan.model_copy(update={"provenance": {**plan.provenance, "applied_to": source.name}})
-        return write_pruned(source, recount_for(source, plan), writer)
+        return write_pruned(source, recount_for(source, plan), writer)[0]
 
 
 def recount_for(source: Source, plan: Plan) -> Plan:
@@ -416,10 +507,14 @@ def prune(
             "recipe": recipe.model_dump(mode="json"),
         }
         result: PreTrainedModel | None = None
-        refitted = refit_blocks(source, plan, recipe, text, progress) if not dry_run else None
+        chooses = bool(_reselected(recipe, source.layout))
+        refitted = refit_blocks(source, plan, recipe, text, progress) if chooses or not dry_run else None
         if writer is not None:
-            report["out"] = str(write_pruned(source, plan, writer, recipe, refitted))
+            where, plan = write_pruned(source, plan, writer, recipe, refitted)
+            report["out"] = str(where)
         elif not dry_run:
-            result = cut_model(source.resident(), source.layout, plan, refitted)
+            result, plan = cut_refitted(source.resident(), source.layout, plan, refitted)
+        elif chooses:
+            plan = chosen_again(plan, refitted)
     report["seconds"] = round(time.perf_counter() - started, 2)
     return Pruned(result, plan, report, scores)
