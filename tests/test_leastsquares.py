@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
 
-from pared.elimination import elimination_costs
 from pared.leastsquares import Guarded, Moments2, cholesky, refit, refit_guarded
 
 
@@ -48,51 +45,6 @@ def test_keeping_everything_changes_nothing() -> None:
     a, w = correlated(200, 8), torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
     new = refit(moments(a, a @ w.T).problem(centred=False), w, torch.arange(8))
     assert torch.allclose(new.float(), w, atol=1e-3)
-
-
-@pytest.mark.parametrize("width", [1, 2])
-def test_the_first_cost_is_the_error_that_the_best_refit_leaves(width: int) -> None:
-    a, w = correlated(500, 8), torch.randn(4, 8, generator=torch.Generator().manual_seed(2))
-    problem = moments(a, a @ w.T).problem(centred=False)
-    blocks = torch.arange(8).reshape(-1, width)
-    costs = elimination_costs(problem.c, w, blocks, damping=1e-12, rounds=1000)
-    first = int(costs.argmin())
-    errors = []
-    for block in blocks:
-        kept = torch.tensor([i for i in range(8) if i not in block])
-        errors.append(problem.error(refit(problem, w, kept, 1e-12), kept))
-    assert first == min(range(len(errors)), key=errors.__getitem__)
-    assert float(costs[first]) == pytest.approx(errors[first], rel=1e-3)
-
-
-def test_down_dated_costs_add_up_to_the_error_of_the_whole_removal() -> None:
-    a, w = correlated(500, 8, seed=3), torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
-    problem = moments(a, a @ w.T).problem(centred=False)
-    costs = elimination_costs(problem.c, w, torch.arange(8)[:, None], damping=1e-12, rounds=1000)
-    order = costs.argsort()
-    for gone in range(1, 5):
-        kept = order[gone:].sort().values
-        whole = problem.error(refit(problem, w, kept, 1e-12), kept)
-        # Costs are made to ascend, so their sum may only be above; here they ascend of themselves.
-        assert float(costs[order[:gone]].sum()) == pytest.approx(whole, rel=2e-2)
-
-
-def test_independent_channels_go_in_the_order_that_brute_force_finds() -> None:
-    c = torch.diag(torch.tensor([1.0, 4.0, 0.5, 2.0, 3.0, 0.1]))
-    w = torch.randn(3, 6, generator=torch.Generator().manual_seed(4))
-    costs = elimination_costs(c, w, torch.arange(6)[:, None], damping=1e-12, rounds=1000)
-    alone = c.diagonal() * w.square().sum(0)
-    for gone in range(1, 5):
-        best = min(itertools.combinations(range(6), gone), key=lambda s: float(alone[list(s)].sum()))
-        assert set(costs.argsort()[:gone].tolist()) == set(best)
-
-
-def test_rounds_and_single_steps_agree_where_channels_are_independent() -> None:
-    c, w = torch.diag(torch.rand(40) + 0.1), torch.randn(5, 40)
-    blocks = torch.arange(40)[:, None]
-    assert torch.equal(
-        elimination_costs(c, w, blocks, rounds=4).argsort(), elimination_costs(c, w, blocks, rounds=1000).argsort()
-    )
 
 
 def test_the_guard_never_takes_weights_that_are_worse_on_held_out_tokens() -> None:
