@@ -83,7 +83,7 @@ def search(
             reach = min(2 * REACH, 1.2 * reach)
         else:
             reach = max(REACH / 8, 0.9 * reach)
-        progress(f"search, KL {kl:.4f}", done, generations)
+        progress("search", done, generations)
     return Found(shape, kl, first[best], done)
 
 

@@ -35,12 +35,12 @@ class Judges:
 
     def __init__(self, stream: Stream, axes: Sequence[str], rows: Sequence[Batch], batch: int) -> None:
         n = len(rows)
-        few, many = max(1, n // 8), max(1, n // 4)
+        few, many = max(1, n // 16), max(1, n // 8)
         self.stream, self.axes = stream, axes
         # Rows that are judged by come first, those that are fitted to after them; a single row has to do for both.
         self.judged = _together(rows[:many], batch)
         self.fit = _together(rows[many : many + few] or rows[:1], batch)
-        self.measured = _together(rows[many : 2 * many] or rows[:1], batch)
+        self.measured = _together(rows[many : many + max(1, n // 4)] or rows[:1], batch)
         self._levels: dict[int, Levels] = {}
 
     def quick(self, shapes: Sequence[Shape]) -> list[float]:
