@@ -15,17 +15,15 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pared import modeling
-from pared.blockparts import sole_consumer
 from pared.budget import Amount, Budget
 from pared.budget.select import Effort, make_plan, recount
-from pared.budget.trials import Judges
 from pared.budget.uniform import allocate_uniform
-from pared.calibration import Batch, Calibration, load_calibration, sample_from_model
+from pared.calibration import Calibration, load_calibration, sample_from_model
 from pared.checkpoint import Checkpoint
 from pared.compensate import Method, Refitted, compensate
 from pared.compose import compose
 from pared.criteria import get_criterion
-from pared.criteria.obs import AXES
+from pared.effort import GENERATIONS, STEPS, judges, measures, no_scores, reselected
 from pared.errors import ModelError, UsageError
 from pared.estimate import Progress, Scores, estimate, silent
 from pared.per_layer import PerLayer
@@ -34,7 +32,7 @@ from pared.proof import proved_layout
 from pared.recipe import Recipe, make_recipe
 from pared.remote_code import FILE, auto_map, modelling_file
 from pared.report.card import model_card
-from pared.stream import Stream, unpadded
+from pared.stream import Stream
 from pared.structure import Layout
 from pared.surgery import (
     cut_block,
@@ -51,9 +49,6 @@ from pared.writer import CheckpointWriter
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_STRUCTURES = ("kv", "query", "ffn")
 DEFAULT_SEQ_LEN = 512
-# What the efforts stand for: generations of a search, steps of reconstruction.
-GENERATIONS = {"quick": 4, "default": 8, "max": 32}
-STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -250,9 +245,9 @@ def plan_pruning(
     def decide(now: Source, share: float) -> tuple[Plan, Scores]:
         stream = Stream(now.runnable, now.layout, dtype=compute_dtype(recipe), device=recipe.device)
         budget = _budget(now, recipe, axes, share)
-        measures = _measures(recipe, now.layout, axes)
-        if measures and not criterion.comparable and set(axes) <= _reselected(recipe, now.layout):
-            scores = _no_scores(now.layout, axes)  # sizes are measured, and units chosen in the walk that refits
+        measured = measures(recipe, now.layout, axes)
+        if measured and not criterion.comparable and set(axes) <= reselected(recipe, now.layout):
+            scores = no_scores(now.layout, axes)  # sizes are measured, and units chosen in the walk that refits
         else:
             going = now.layout.num_layers - allocate_uniform(budget).layers if "layer" in axes else 0
             scores = estimate(
@@ -270,7 +265,7 @@ def plan_pruning(
             scores,
             shape=recipe.shape,
             allocate=recipe.allocate or "uniform",
-            judges=_judges(stream, recipe, axes, batches) if measures else None,
+            judges=judges(stream, axes, batches, recipe.batch) if measured else None,
             effort=Effort(recipe.search_steps or GENERATIONS[recipe.effort], recipe.search_minutes, recipe.seed),
             provenance=provenance,
             progress=progress,
@@ -298,16 +293,6 @@ def plan_pruning(
     return recount(plan.model_copy(update={"requested": recipe.remove, "provenance": provenance}), whole), scores
 
 
-def _measures(recipe: Recipe, layout: Layout, axes: tuple[str, ...]) -> bool:
-    """Whether sizes are chosen by the KL of trial models: those are made by second-order selection and a refit."""
-    return set(axes) <= _reselected(recipe, layout) and (recipe.shape == "uniform" or recipe.allocate == "search")
-
-
-def _judges(stream: Stream, recipe: Recipe, axes: tuple[str, ...], batches: list[Batch]) -> Judges:
-    batches = [Batch(row, None) for b in unpadded(batches) for row in b.input_ids.split(1)]
-    return Judges(stream, axes, batches, recipe.batch)
-
-
 def _compensates(recipe: Recipe) -> bool:
     return recipe.compensate != "none" or bool(recipe.reconstruct)
 
@@ -322,36 +307,11 @@ def refit_blocks(
     batches = (calibration or calibrate(source, recipe)).batches(recipe.batch)
     method = Method(
         mode=recipe.compensate or "sequential",
-        reselect=_reselected(recipe, source.layout),
+        reselect=reselected(recipe, source.layout),
         steps=recipe.reconstruct or 0,
         seed=recipe.seed,
     )
     return compensate(stream, plan, batches, method, progress=progress)
-
-
-def _reselected(recipe: Recipe, layout: Layout) -> frozenset[str]:
-    """Axes whose units are chosen in the walk that refits, by second-order selection on what comes in there."""
-    if recipe.criterion not in ("obs", "obs-fisher") or recipe.compensate != "sequential" or recipe.iterative_steps > 1:
-        return frozenset()
-
-    # A layer's heads stand in the config where its arguments differ by head; that is settled before the walk.
-    axes = [a for a in AXES if not (layout.head_arguments and a in ("kv", "query"))]
-
-    def one(i: int, axis: str) -> bool:
-        return axis not in layout.layer_sizes[i] or not layout.holders(axis, i) or sole_consumer(layout, i, axis) is not None
-
-    return frozenset(a for a in axes if all(one(i, a) for i in range(layout.num_layers)))
-
-
-def _no_scores(layout: Layout, axes: tuple[str, ...]) -> Scores:
-    """Zero for every unit: a stand-in where other means decide which stay."""
-    out = Scores()
-    for i in range(layout.num_layers):
-        sizes = layout.sizes_at(i)
-        for axis in axes:
-            if layout.holders(axis, i):
-                out.of[i, axis] = torch.zeros(sizes[axis] * sizes.get(layout.parents.get(axis, ""), 1))
-    return out
 
 
 def chosen_again(plan: Plan, refitted: Iterator[Refitted] | None) -> Plan:
@@ -507,7 +467,7 @@ def prune(
             "recipe": recipe.model_dump(mode="json"),
         }
         result: PreTrainedModel | None = None
-        chooses = bool(_reselected(recipe, source.layout))
+        chooses = bool(reselected(recipe, source.layout))
         refitted = refit_blocks(source, plan, recipe, text, progress) if chooses or not dry_run else None
         if writer is not None:
             where, plan = write_pruned(source, plan, writer, recipe, refitted)
