@@ -221,6 +221,7 @@ class Walk:
         for h, hidden in list(zip(dense.inputs[group[0]], pruned, strict=True))[: self.method.fit]:
             now, _ = inputs_at(self.stream, module, self.i, group[0], [], hidden)
             seen = _split(fit, held, now, h, seen)
+        dense.inputs[group[0]].clear()  # as large as the stream itself, and not needed again
         held = held if held.count else fit
         for name in group:
             w, bias = self._weight(name), self._bias(name)

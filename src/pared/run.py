@@ -179,11 +179,11 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
     dense = all(a in get_criterion("obs").axes_or(axes) and source.layout.parents.get(a) != "expert" for a in axes)
     quick = recipe.effort == "quick"
     compensate = recipe.compensate or ("refit" if quick and not recipe.reconstruct else "sequential")
-    searches = dense and not quick and compensate == "sequential" and recipe.criterion in (None, "obs")
+    searches = dense and not quick and compensate == "sequential" and recipe.criterion in (None, "obs", "obs-fisher")
     allocate = recipe.allocate or ("uniform" if recipe.shape == "uniform" or not inside else "search" if searches else "global")
     criterion = recipe.criterion
     if criterion is None:
-        criterion = "taylor" if not dense else "obs-fisher" if allocate == "global" else "obs"
+        criterion = "taylor" if not dense else "obs-fisher" if allocate in ("global", "search") else "obs"
     reconstruct = recipe.reconstruct
     if reconstruct is None:
         reconstruct = STEPS if recipe.effort == "max" and compensate == "sequential" else 0

@@ -35,7 +35,7 @@ class Judges:
 
     def __init__(self, stream: Stream, axes: Sequence[str], rows: Sequence[Batch], batch: int) -> None:
         n = len(rows)
-        few, many = max(1, n // 16), max(1, n // 8)
+        few, many = max(1, min(n // 2, max(8, n // 16))), max(1, min(n // 4, max(8, n // 8)))
         self.stream, self.axes = stream, axes
         # Rows that are judged by come first, those that are fitted to after them; a single row has to do for both.
         self.judged = _together(rows[:many], batch)
