@@ -93,6 +93,9 @@ def test_a_plan_that_keeps_everything_needs_no_refit(stories: tuple[Any, Tensor,
     whole = plan.model_copy(update={"layers": [p.model_copy(update={"keep": {}}) for p in plan.layers]})
     batches = [pared.calibration.Batch(calibration[:8], None)]
     assert all(not block.tensors for block in compensate(Stream(model, source.layout), whole, batches))
+    first = plan.model_copy(update={"layers": [plan.layers[0], *whole.layers[1:]]})
+    one, *others = compensate(Stream(model, source.layout), first, batches)
+    assert one.tensors and all(not block.tensors for block in others), "layers in which nothing is cut stay as they are"
 
 
 def test_a_bias_correction_needs_a_bias() -> None:

@@ -70,3 +70,38 @@ def test_a_singular_matrix_is_lifted_and_still_solved() -> None:
     a = torch.randn(3, 6, generator=torch.Generator().manual_seed(6))
     factor = cholesky((a.T @ a).double())
     assert torch.isfinite(factor).all() and torch.allclose(factor @ factor.T, (a.T @ a).double(), atol=1e-6)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_moments_of_derived_targets_are_those_of_the_targets_themselves(biased: bool) -> None:
+    g = torch.Generator().manual_seed(9)
+    a, h, w = correlated(300, 7, 9), correlated(300, 7, 10), torch.randn(5, 7, generator=g)
+    bias = torch.randn(5, generator=g) if biased else None
+    shift = 0.0 if bias is None else bias
+    through = moments(a, h).through(w, bias)
+    direct = moments(a, h @ w.T + shift)
+    inputs = Moments2.zeros(7, 5)
+    inputs.add_inputs(a)
+    own, same = inputs.of_output(w, bias), moments(a, a @ w.T + shift)
+    for got, want in ((through, direct), (own, same)):
+        for name in ("count", "aa", "ta", "a", "t"):
+            assert torch.allclose(
+                torch.as_tensor(getattr(got, name)), torch.as_tensor(getattr(want, name)), rtol=1e-3, atol=1e-2
+            )
+    assert own.tt == pytest.approx(same.tt, rel=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_mixed_target_is_the_mixture_of_targets(alpha: float, centred: bool) -> None:
+    g = torch.Generator().manual_seed(11)
+    a, t, w = correlated(300, 6, 11), torch.randn(300, 4, generator=g), torch.randn(4, 6, generator=g)
+    bias = torch.randn(4, generator=g) if centred else None
+    local = a @ w.T + (0.0 if bias is None else bias)
+    got = moments(a, t).problem(centred=centred).mixed(w, bias, alpha)
+    want = moments(a, (1 - alpha) * local + alpha * t).problem(centred=centred)
+    kept = torch.tensor([0, 2, 5])
+    one, two = refit(got, w, kept), refit(want, w, kept)
+    assert torch.allclose(one, two, atol=1e-3)
+    assert got.error(one, kept) == pytest.approx(want.error(two, kept), rel=1e-2)
+    assert torch.allclose(got.bias(one, kept), want.bias(two, kept), atol=1e-3)

@@ -6,6 +6,7 @@ side, so that each block is read once. What is compared is KL(dense || candidate
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -124,7 +125,7 @@ def score_shapes(
 
 @torch.no_grad()
 def divergences(stream: Stream, dense: Sequence[Tensor], paths: Sequence[Sequence[Tensor]]) -> list[float]:
-    """KL(dense || other) per token for each of some last hidden states, lists of [b, s, hidden]."""
+    """KL(dense || other) per token for each of some last hidden states, lists of [b, s, hidden]; what is no number is inf."""
     totals = [0.0] * len(paths)
     tokens = 0
     with stream.outside(front=False):
@@ -135,4 +136,4 @@ def divergences(stream: Stream, dense: Sequence[Tensor], paths: Sequence[Sequenc
                 for k, path in enumerate(paths):
                     q = torch.log_softmax(stream.logits(path[b][row : row + 1]).float(), -1)
                     totals[k] += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-    return [t / tokens for t in totals]
+    return [t / tokens if math.isfinite(t) else math.inf for t in totals]
