@@ -49,9 +49,92 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {**_OWN_HEAD_SIZE, "num_local_experts": 3, "num_experts_per_tok": 2}),
 }
 
+_MOE = {**_SHARED, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40, "num_experts_per_tok": 2}
+_HALF_DENSE = {**_MOE, "moe_intermediate_size": 24, "n_routed_experts": 6}  # of 40 channels where there are no experts
+_SIGMOID = {**_HALF_DENSE, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "head_dim": 8}
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+_GROUPED = {"n_routed_experts": 12, "n_group": 3, "topk_group": 2}
+
+# Mixtures of experts, as FAMILIES: routers of softmax and of sigmoid, with correction biases, groups, shared experts.
+EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral-6": ("MixtralConfig", {**_MOE, "num_local_experts": 6}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            **_MOE,
+            "num_experts": 6,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 32,
+            "decoder_sparse_step": 1,
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_MOE, "num_local_experts": 6, "moe_intermediate_size": 24, "mlp_only_layers": [1], "norm_topk_prob": True},
+    ),
+    "olmoe": ("OlmoeConfig", {**_MOE, "num_experts": 6}),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {**_HALF_DENSE, **_LATENT, "num_key_value_heads": 4, "n_shared_experts": 2, "first_k_dense_replace": 1, "head_dim": 4},
+    ),
+    "deepseek_v2-groups": (
+        "DeepseekV2Config",
+        {
+            **_HALF_DENSE,
+            **_LATENT,
+            **_GROUPED,
+            "num_key_value_heads": 4,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "topk_method": "group_limited_greedy",
+            "head_dim": 4,
+        },
+    ),
+    "deepseek_v3": ("DeepseekV3Config", {**_SIGMOID, **_LATENT, **_GROUPED, "num_key_value_heads": 4, "head_dim": 4}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            **_MOE,
+            "num_local_experts": 6,
+            "head_dim": 8,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "granitemoe": ("GraniteMoeConfig", {**_MOE, "num_local_experts": 6}),
+    "phimoe": ("PhimoeConfig", {**_MOE, "num_local_experts": 6}),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        {
+            **_SHARED,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 40,
+            "moe_intermediate_size": 24,
+            "moe_num_experts": 6,
+            "moe_k": 2,
+            "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 2,
+        },
+    ),
+    "glm4_moe": ("Glm4MoeConfig", _SIGMOID),
+    "dots1": ("Dots1Config", _SIGMOID),
+    "hunyuan_v1_moe": (
+        "HunYuanMoEV1Config",
+        {**_SHARED, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40, "num_experts": 6}
+        | {"moe_topk": 2, "head_dim": 8},
+    ),
+    "minimax": (
+        "MiniMaxConfig",
+        {**_MOE, "num_local_experts": 6, "head_dim": 8, "layer_types": ["full_attention"] * 3},
+    ),
+    "exaone_moe": ("ExaoneMoeConfig", {**_MOE, "num_experts": 6, "moe_intermediate_size": 24, "num_shared_experts": 1}),
+}
+
 
 def config(family: str, **changes: Any) -> PreTrainedConfig:
-    kind, settings = FAMILIES[family]
+    kind, settings = FAMILIES[family] if family in FAMILIES else EXPERTS[family]
     return getattr(transformers, kind)(**{**settings, **changes})
 
 

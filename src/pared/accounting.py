@@ -35,15 +35,16 @@ def account(
     layers: Sequence[tuple[int, Mapping[str, int]]] | None = None,
     *,
     hidden: int | None = None,
+    vocab: int | None = None,
     context: int = 1024,
     experts_used: int | None = None,
 ) -> Account:
     """Count a model as it is, or as it would be.
 
     layers: for each layer of the result (source layer, axis sizes that differ from the source's); None: as it is.
-    hidden: other number of hidden channels. experts_used: experts that each token visits.
+    hidden, vocab: other numbers of hidden channels and of tokens. experts_used: experts that each token visits.
     """
-    changed = {} if hidden is None else {"hidden": hidden}
+    changed = {a: n for a, n in (("hidden", hidden), ("vocab", vocab)) if n is not None}
     chosen = [(i, {}) for i in range(layout.num_layers)] if layers is None else layers
     outside = [n for n in layout.tensors if layout.layer_of(n) is None and n not in layout.tied]
     shared = {**layout.sizes, **changed}
@@ -86,7 +87,7 @@ def block_count(
                 and layout.tensors[name].dims_of("expert") == [0]
                 and len(layout.shapes[name]) == 3
             )
-            flops += n * (experts_used or sizes["expert"]) // sizes["expert"] if routed else n
+            flops += n * min(experts_used or sizes["expert"], sizes["expert"]) // sizes["expert"] if routed else n
     if cache_entries(layout, source, sizes, names):
         flops += 2 * sizes["kv"] * sizes["query"] * sizes["d"] * context
     return params, flops

@@ -45,18 +45,22 @@ def observe(
     """Run a block on every batch, and see what its consumers give and its producers read."""
     seen = Observed()
     first: list[tuple[int, str, Tensor]] = []  # of the first batch: which producers share an input
+    now: list[Tensor] = []  # what enters the block
     handles = []
     for name in consumers:
 
         def gave(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
             if name not in seen.outputs:
                 seen.order.append(name)
-            seen.outputs.setdefault(name, []).append(output)
+            # MLPs beside experts see tokens of all sequences in one row.
+            seen.outputs.setdefault(name, []).append(output.reshape(*now[0].shape[:2], -1))
 
         handles.append(_owner(block, name).register_forward_hook(gave))
     for name in producers:
 
         def reads(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            if args[0].numel() != now[0].shape[:2].numel() * args[0].shape[-1]:
+                return  # not all tokens come this way
             if name not in seen.inputs:
                 same = next((n for done, n, t in first if t is args[0]), None)
                 first.append((len(seen.order), name, args[0]))
@@ -66,11 +70,13 @@ def observe(
                 else:
                     seen.groups.append((len(seen.order), [name]))
             if seen.groups and any(g[0] == name for _, g in seen.groups):
-                seen.inputs[name].append(args[0])
+                seen.inputs[name].append(args[0].reshape(*now[0].shape[:2], -1))
 
         handles.append(_owner(block, name).register_forward_pre_hook(reads))
     try:
-        seen.after = [stream.run(block, i, h) for h in x]
+        for h in x:
+            now[:] = [h]
+            seen.after.append(stream.run(block, i, h))
     finally:
         for handle in handles:
             handle.remove()
@@ -99,8 +105,8 @@ def inputs_at(
             handle.remove()
     residual = hidden
     for n in before:
-        residual = residual + outputs[n][0]
-    return seen[0], residual
+        residual = residual + outputs[n][0].reshape(hidden.shape)
+    return seen[0].reshape(*hidden.shape[:2], -1), residual
 
 
 def cut(layout: Layout, i: int, name: str, tensor: Tensor, keep: Selection) -> Tensor:

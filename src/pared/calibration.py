@@ -122,6 +122,15 @@ def _json_lines(text: str, path: Path, field: str) -> Iterator[str]:
         yield record[field]
 
 
+def documents_of(source: str | Path) -> Iterator[str]:
+    """The documents of a .txt or .jsonl file, or those of a hub dataset one after the other."""
+    yield from read_documents(source) if _is_file(Path(source)) else _dataset_documents(str(source))
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() or path.suffix in (".txt", ".jsonl", ".json", ".xz", ".gz")
+
+
 def tokenize_documents(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Each document alone, with the special tokens that the tokenizer itself adds; nothing is truncated."""
     # verbose=False: documents longer than the model's context are cut into windows later, so there is nothing to warn of.
@@ -159,7 +168,7 @@ def load_calibration(
         ids = _checked_ids(sampler(samples, seq_len, seed), max_positions)
         return Calibration(ids, None, f"self: {samples} x {seq_len} tokens sampled from the model, seed {seed}")
     path = Path(source)
-    if path.is_file() or path.suffix in (".txt", ".jsonl", ".json", ".xz", ".gz"):
+    if _is_file(path):
         token_lists = tokenize_documents(read_documents(path), tokenizer)
         name = path.name
     else:
@@ -203,6 +212,17 @@ def _checked_ids(ids: Tensor, max_positions: int | None) -> Tensor:
 
 
 def _dataset_tokens(source: str, tokenizer: PreTrainedTokenizerBase, enough: int) -> list[list[int]]:
+    token_lists: list[list[int]] = []
+    count = 0
+    for document in _dataset_documents(source):
+        token_lists += tokenize_documents([document], tokenizer)
+        count += len(token_lists[-1])
+        if count >= enough:
+            break
+    return token_lists
+
+
+def _dataset_documents(source: str) -> Iterator[str]:
     parts = source.split(":")
     if len(parts) > 4 or not parts[0]:
         raise UsageError("not a dataset id", where=source, fix="write NAME:CONFIG:SPLIT:FIELD, the last three may be left out")
@@ -213,8 +233,6 @@ def _dataset_tokens(source: str, tokenizer: PreTrainedTokenizerBase, enough: int
     except ImportError as error:
         what = "neither a file nor, without the package 'datasets', a dataset"
         raise MissingError(what, where=source, fix=f"pip install datasets, or {_OTHER_SOURCES}") from error
-    token_lists: list[list[int]] = []
-    count = 0
     try:
         for row in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
             if not isinstance(row.get(field), str):
@@ -222,16 +240,12 @@ def _dataset_tokens(source: str, tokenizer: PreTrainedTokenizerBase, enough: int
                     f"the dataset has no text in a field {field!r}", where=source, fix=f"its fields: {', '.join(row)}"
                 )
             if row[field].strip():
-                token_lists += tokenize_documents([row[field]], tokenizer)
-                count += len(token_lists[-1])
-            if count >= enough:
-                break
+                yield row[field]
     except (OSError, RuntimeError) as error:  # no network, no such dataset, a dataset that needs a login
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MissingError(f"the dataset can not be fetched: {reason}", where=source, fix=_OTHER_SOURCES) from error
     except ValueError as error:  # no such configuration or split; the message lists those that exist
         raise UsageError(" ".join(str(error).split()), where=source, fix="write NAME:CONFIG:SPLIT:FIELD") from error
-    return token_lists
 
 
 def sample_from_model(

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pared.errors import MissingError, ModelError, ResourceError
+from pared.models import IMPORTABLE, NATIVE
 from pared.tensorfile import TensorInfo, chunks, non_finite, read_header, read_tensor
 
 __all__ = ["INDEX", "SINGLE", "Checkpoint", "TensorInfo", "read_config"]
@@ -150,6 +151,11 @@ class Checkpoint:
         return self.tensors[name]
 
 
+def place_of(path: Path) -> str:
+    """A side file's name in its checkpoint: all lie at the top but for the additional chat templates."""
+    return f"{TEMPLATES}/{path.name}" if path.parent.name == TEMPLATES else path.name
+
+
 def _numel(info: TensorInfo) -> int:
     count = 1
     for n in info.shape:
@@ -253,11 +259,14 @@ def _refuse_unsupported(path: Path, config: dict[str, Any], trust_remote_code: b
     if config.get("auto_map") and not trust_remote_code:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-        if config.get("model_type") not in CONFIG_MAPPING_NAMES:
+        # Our own classes are registered: the code that such a checkpoint carries is for others, and is not run here.
+        if config.get("model_type") not in CONFIG_MAPPING_NAMES and config.get("model_type") not in NATIVE:
             raise ModelError(
                 f"the model type {config.get('model_type')!r} needs code from the checkpoint, which is not run unasked",
                 where=path / "config.json",
-                fix="read its .py files, then pass --trust-remote-code",
+                fix=f"pared import {shlex.quote(str(path))} -o NEW, and use NEW"
+                if config.get("model_type") in IMPORTABLE
+                else "read its .py files, then pass --trust-remote-code",
             )
 
 

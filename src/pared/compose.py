@@ -28,15 +28,12 @@ def compose(first: Plan, second: Plan, dense: Layout, middle: Layout) -> Plan:
             else:
                 keep[axis] = _nested(parent, axis, before, after, sizes)
         layers.append(layer_plan(source, keep, sizes))
-    hidden = first.hidden
-    if second.hidden is not None:
-        kept = _through(
-            first.selection(None, dense).get("hidden"), second.selection(None, middle)["hidden"], dense.sizes["hidden"]
-        )
-        hidden = to_ranges(kept.tolist())
-    return second.model_copy(
-        update={"layers": layers, "hidden": hidden, "model_type": first.model_type, "before": first.before}
-    )
+    before, after = first.selection(None, dense), second.selection(None, middle)
+    outside = {
+        a: to_ranges(_through(before.get(a), after[a], dense.sizes[a]).tolist()) if a in after else getattr(first, a)
+        for a in ("hidden", "vocab")
+    }
+    return second.model_copy(update={"layers": layers, **outside, "model_type": first.model_type, "before": first.before})
 
 
 def _through(before: Tensor | Nested | None, after: Tensor | Nested | None, n: int) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -20,11 +21,23 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pared import modeling
 from pared.axes import Fixed, Name, Signature, count, names, parse, size
 from pared.errors import ModelError
-from pared.miniature import AXIS_OF_KEY, Miniature, find_miniature, kind_keys, kinds_of
+from pared.miniature import Miniature, axis_of_key, find_miniature, kind_keys, kinds_of
 from pared.per_layer import HEADS as KEPT_HEADS
 from pared.per_layer import PerLayer, layer_config
 from pared.silence import Tied, head_arguments, tied_axes
-from pared.structure import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, Layout, raw_key, sizes_of
+from pared.structure import (
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    VOCAB,
+    Layout,
+    expert_runs,
+    least_experts,
+    raw_key,
+    sizes_of,
+)
 
 
 @dataclass(frozen=True)
@@ -87,22 +100,24 @@ def assemble(config: PreTrainedConfig, per_layer: PerLayer, found: Discovered, m
         if signature is None or (not name.startswith(start) and signature.axes & {"kv", "query", "d"}):
             signature = parse(" ".join("_" * value.ndim))
         tensors[name] = signature
-    here = {n: s for n, s in tensors.items() if not n.startswith(start)}
+    around = {n: s for n, s in tensors.items() if not n.startswith(start)}
     said = sizes_of(config, found.keys)
-    for n, s in here.items():
+    for n, s in around.items():
         # What a layout of the small instance does not account for here (a table with rows for every layer) is left whole.
         if any(
             d != Fixed(None) and names(d) <= said.keys() and size(d, said) != m for d, m in zip(s.dims, shapes[n], strict=True)
         ):
-            tensors[n] = here[n] = parse(" ".join("_" * len(shapes[n])))
-    outside = {**{a: n for a, n in sizes_of(config, found.keys).items() if a in ("hidden", "vocab")}, **_implied(here, shapes)}
+            tensors[n] = around[n] = parse(" ".join("_" * len(shapes[n])))
+    outside = {a: n for a, n in said.items() if a in ("hidden", "vocab")} | _implied(around, shapes)
     layer_sizes = []
     for i in range(len(layers)):
         own = {n: s for n, s in tensors.items() if n.startswith(f"{start}{i}.")}
         # Some families say the sizes of their layers apart by themselves.
         native = config.per_layer_config[i] if getattr(config, "is_heterogeneous", False) else config
         said = sizes_of(layer_config(native, per_layer.get(i, {})), found.keys)
-        layer_sizes.append({a: n for a, n in {**said, **_implied(own, shapes)}.items() if a not in outside})
+        # A layer without experts has none, whatever the config says of the others.
+        here = {"kv", "query", "d"}.union(*(s.axes for s in own.values())) - outside.keys()
+        layer_sizes.append({a: n for a, n in {**said, **_implied(own, shapes)}.items() if a in here})
     layout = Layout(
         model_type=config.model_type,
         prefix=prefix,
@@ -116,6 +131,9 @@ def assemble(config: PreTrainedConfig, per_layer: PerLayer, found: Discovered, m
         tied=dict(getattr(model, "all_tied_weights_keys", {}) or {}),
         consumers=_input_dims(model),
         head_arguments=found.head_arguments,
+        follows=_followers(config, found.keys),
+        runs={"expert": expert_runs(config)} if expert_runs(config) > 1 else {},
+        least={"expert": least_experts(config)} if "expert" in found.keys else {},
         kept_heads={i: own[KEPT_HEADS]["kept"] for i, own in per_layer.items() if KEPT_HEADS in own},
     )
     _check_shapes(layout)
@@ -155,6 +173,18 @@ def _parents(signatures: Iterable[Signature]) -> dict[str, str]:
             seen[axis] = seen.get(axis, True) and "expert" in s.axes
     parents.update({a: "expert" for a, always in seen.items() if always})
     return parents
+
+
+def _followers(config: PreTrainedConfig, keys: Mapping[str, str]) -> dict[str, tuple[str, int]]:
+    """Axes that one config key says together: the later ones, which are made from the first, follow it."""
+    leaders: dict[str, str] = {}
+    out: dict[str, tuple[str, int]] = {}
+    for axis, key in keys.items():
+        key, _, times = key.partition(" * ")
+        leader = leaders.setdefault(raw_key(config, key), axis)
+        if leader != axis and axis.endswith("ffn"):
+            out[axis] = leader, getattr(config, times) if times else 1
+    return out
 
 
 def _input_dims(model: nn.Module) -> dict[str, int]:
@@ -261,7 +291,26 @@ def _explain(base: PreTrainedConfig, keys: dict[str, str], samples: list[Sample]
                 unexplained[name] = f"dimension {dim} of {name} moves with the config as no known layout does"
             dims.append(fits or ["_"])
         candidates[name] = [" ".join(c) for c in itertools.product(*dims)]
+    keys, candidates = _apart_from_experts(keys, candidates)
     return Discovered(base, keys, candidates, unexplained)
+
+
+def _apart_from_experts(keys: dict[str, str], candidates: dict[str, list[str]]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Widths that experts share with an MLP beside or instead of them get an axis of their own there.
+
+    The config says both with one number, but which channels stay is chosen anew in each expert, and in that MLP.
+    """
+    keys = dict(keys)
+    texts = [t for options in candidates.values() for t in options]
+    for axis in [a for a in keys if a.endswith("ffn") and any({a, "expert"} <= parse(t).axes for t in texts)]:
+        products = {rf"\({c} {axis}\)": f"{keys[axis]} * {keys[c]}" for c in keys if any(f"({c} {axis})" in t for t in texts)}
+        for pattern, key in {**products, rf"\b{axis}\b": keys[axis]}.items():
+            apart = {n for n, o in candidates.items() for t in o if "expert" not in parse(t).axes and re.search(pattern, t)}
+            if apart:
+                new = next(n for n in ("shared_ffn", "dense_ffn", f"shared_{axis}") if n not in keys)
+                keys[new] = key
+                candidates = {n: [re.sub(pattern, new, t) for t in o] if n in apart else o for n, o in candidates.items()}
+    return keys, candidates
 
 
 def _size_of(signature: Signature, sizes: Mapping[str, int]) -> int | None:
@@ -281,7 +330,7 @@ def _size_keys(small: Miniature, base: PreTrainedConfig) -> dict[str, str]:
             continue
         step = 8 if key == HEAD_DIM or "dim" in key or "size" in key or value is None else 2
         if _moves(small, {key: (value or 48) + step}, shapes):
-            keys["d" if key == HEAD_DIM else AXIS_OF_KEY.get(key, key)] = key
+            keys["d" if key == HEAD_DIM else axis_of_key(key)] = key
     kv = getattr(base, KV_HEADS, None)
     if kv and "kv" not in keys and _moves(small, {raw_key(base, KV_HEADS): 2 * kv if kv == 1 else kv // 2}, shapes):
         keys["kv"] = KV_HEADS
@@ -330,4 +379,6 @@ def _expressions(keys: Mapping[str, str]) -> list[tuple[str, Signature]]:
     texts = ["hidden", "vocab", *widths, *heads, "(kv query)", "kv"]
     for w in widths:
         texts += [f"[{w} | {w}]", f"({w} 2)"]
+        # So many experts that every token visits are one wide MLP.
+        texts += [f"({c} {w})" for c in widths if "shared" in keys[c] and w.endswith("ffn") and not c.endswith("ffn")]
     return [(t, parse(t)) for t in [*texts, "d"]]

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pared.calibration import Batch
-from pared.criteria import Criterion, Group, Moments, Stats
+from pared.criteria import Criterion, Group, Moments, Routing, Stats
 from pared.errors import ModelError, UsageError
 from pared.gradients import WeightGradients, forward_with_loss, next_token_loss, walk_back
-from pared.stream import Stream, observed, unpadded
+from pared.plan import to_ranges
+from pared.routing import Visits, expert_modules, watched
+from pared.stream import Stream, nothing_around, observed, unpadded
 from pared.structure import Layout
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -32,10 +35,21 @@ class Scores:
     """Importance, larger = keep. of: (layer, axis) -> fp32 [units]; layer is None for "hidden" and for "layer".
 
     Units of a nested axis count parent-major: query head q of KV group k is unit k * query + q.
+    visits: layer -> int64 [experts], calibration tokens sent to each, where they were seen; not in the file of scores.
     """
 
     of: dict[tuple[int | None, str], Tensor] = field(default_factory=dict)
     comparable: bool = False
+    visits: dict[int, Tensor] = field(default_factory=dict)
+
+    def never_visited(self) -> dict[str, Any]:
+        """Experts that no calibration token was sent to: how many, of how many, and which in each layer."""
+        never = {i: (counts == 0).nonzero()[:, 0].tolist() for i, counts in sorted(self.visits.items())}
+        return {
+            "count": sum(map(len, never.values())),
+            "of": sum(len(c) for c in self.visits.values()),
+            "layers": {str(i): to_ranges(e) for i, e in never.items() if e},
+        }
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with one tensor for each (layer, axis)."""
@@ -96,6 +110,23 @@ def estimate(
                     raise ModelError(f"the criterion {criterion.name!r} gave no finite score for {axis} in layer {i}")
                 _put(scores, axis, i, value, stream.num_layers)
 
+    stream.around = _visit_counter(stream.layout, scores)
+    try:
+        _run(stream, criterion, axes, batches, score, progress)
+    finally:
+        stream.around = nothing_around
+    return scores
+
+
+def _run(
+    stream: Stream,
+    criterion: Criterion,
+    axes: Sequence[str],
+    batches: Sequence[Batch],
+    score: Callable[[int, nn.Module, Stats], None],
+    progress: Progress,
+) -> None:
+    """Gather what the criterion needs, block by block, and have each block scored."""
     if criterion.needs == "weights":
         for i in range(stream.num_layers):
             with stream.block(i) as block, torch.no_grad():
@@ -103,6 +134,8 @@ def estimate(
             progress("scores", i + 1, stream.num_layers)
     elif criterion.needs == "activations":
         stream.forward(batches, _activation_visitor(stream, axes, score, progress))
+    elif criterion.needs == "routing":
+        stream.forward(batches, _routing_visitor(stream, score, progress))
     elif criterion.needs == "second-moments":
         stream.forward(batches, _second_moment_visitor(stream, axes, score, progress))
     elif criterion.needs == "second-moments-fisher":
@@ -116,7 +149,6 @@ def estimate(
             progress("gradients", stream.num_layers - i, stream.num_layers)
 
         walk_back(stream, batches, state, visit, squared=squared)
-    return scores
 
 
 def _put(scores: Scores, axis: str, layer: int, value: Tensor, num_layers: int) -> None:
@@ -176,6 +208,41 @@ def _activation_visitor(
         return out
 
     return visit
+
+
+def _routing_visitor(
+    stream: Stream, score: Callable[[int, nn.Module, Stats], None], progress: Progress
+) -> Callable[[int, nn.Module, list[Tensor]], list[Tensor]]:
+    def visit(i: int, block: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
+        found: list[Routing] = []
+
+        def see(visits: Visits) -> None:
+            if not found:
+                found.append(Routing.zeros(stream.layout.sizes_at(i)["expert"]))
+            norms = [visits.output(j).float().norm(dim=-1) for j in range(visits.index.shape[1])]
+            found[0].add(visits.index, visits.gate, torch.stack(norms, 1))
+
+        with watched(expert_modules(stream.layout, i, block), see):
+            out = [stream.run(block, i, h) for h in hidden]
+        score(i, block, Stats(routing=found[0] if found else None))
+        progress("routing", i + 1, stream.num_layers)
+        return out
+
+    return visit
+
+
+def _visit_counter(layout: Layout, scores: Scores) -> Callable[[int, nn.Module], contextlib.AbstractContextManager[None]]:
+    """Counts the calibration tokens that each expert is sent, in the forward pass that every criterion makes."""
+
+    def around(i: int, block: nn.Module) -> contextlib.AbstractContextManager[None]:
+        def see(visits: Visits) -> None:
+            n = layout.sizes_at(i)["expert"]
+            counts = torch.bincount(visits.index.flatten().cpu(), minlength=n)
+            scores.visits[i] = scores.visits.get(i, torch.zeros_like(counts)) + counts
+
+        return watched(expert_modules(layout, i, block), see)
+
+    return around
 
 
 def consumers(stream: Stream, axes: Sequence[str], layer: int, block: nn.Module) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +17,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pared import modeling
 from pared.errors import ModelError
 from pared.per_layer import HEADS, PER_LAYER, SHAPES
-from pared.structure import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, VOCAB, keep_layers, raw_key
+from pared.structure import (
+    GROUPS,
+    HEAD_DIM,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    TOP_GROUPS,
+    TOP_K,
+    VOCAB,
+    expert_runs,
+    keep_layers,
+    raw_key,
+    top_k_key,
+)
 from pared.structure import HEADS as NUM_HEADS
 
 # Sizes of FFNs keep their config key as the axis name, but for these, which the field has shorter words for.
@@ -32,6 +46,7 @@ AXIS_OF_KEY = {
     "moe_num_experts": "expert",
 }
 _NOT_MODEL = ("quantization_config", "auto_map", "torch_dtype", "dtype", PER_LAYER, SHAPES, HEADS)
+_LENGTH_SCALING = ("linear", "dynamic", "yarn", "longrope", "llama3", "su", "mrope", "ntk")
 _VOCABULARY, _POSITIONS, _TOKENS = 128, 64, 12
 
 
@@ -131,15 +146,10 @@ def _shrink(config: PreTrainedConfig, layers: tuple[int, ...], scale: Scale, siz
     data = keep_layers({k: v for k, v in config.to_dict().items() if k not in _NOT_MODEL}, list(layers), total)
     small = _ratio(config, data) if scale.by == "ratio" else _parts(config, data, scale)
     small |= {raw_key(config, VOCAB): _VOCABULARY, raw_key(config, LAYERS): len(layers)}
-    # Routers that choose groups first want two experts in each.
-    experts = max(4, *(2 * v for k, v in data.items() if k.endswith(("n_group", "expert_group")) and isinstance(v, int)), 4)
+    small |= _experts(config, data)
     for key, value in data.items():
         if key.endswith("_token_id"):
             small[key] = (min(1, value) if isinstance(value, int) else value) if scale.special_tokens else None
-        elif AXIS_OF_KEY.get(key) == "expert" and isinstance(value, int):
-            small[key] = min(value, experts)
-        elif key in ("num_experts_per_tok", "moe_k"):
-            small[key] = min(value or 2, 2)
         elif key.endswith("sliding_window") and value:
             small[key] = 8
         elif key.startswith("rope_") and isinstance(value, dict):
@@ -148,10 +158,24 @@ def _shrink(config: PreTrainedConfig, layers: tuple[int, ...], scale: Scale, siz
             small[key] = {k: min(v, 1) if k in ("num_hidden_layers", "num_blocks", "depth") else v for k, v in value.items()}
     small["max_position_embeddings"] = _POSITIONS
     wanted = {**data, **small, **sizes}
-    try:
-        return type(config).from_dict(wanted)
-    except AttributeError:  # head_dim is computed, and can not be set
-        return type(config).from_dict({k: v for k, v in wanted.items() if k != HEAD_DIM})
+    if isinstance(computed := getattr(type(config), HEAD_DIM, None), property) and computed.fset is None:
+        wanted.pop(HEAD_DIM, None)
+    return type(config).from_dict(wanted)
+
+
+def _experts(config: PreTrainedConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """A few experts, of which a token visits two. Routers that choose groups first get two groups, and leave one out
+    where the model's leave any: with four experts in each, some can go."""
+    small: dict[str, Any] = {}
+    counts = {k: v for k, v in data.items() if AXIS_OF_KEY.get(k) == "expert" and isinstance(v, int)}
+    key = top_k_key(config) or raw_key(config, TOP_K)
+    if counts and not isinstance(data.get(key), list):
+        small[key] = min(data.get(key) or 2, 2)
+    if (groups := expert_runs(config)) > 1:
+        chosen = 1 if getattr(config, TOP_GROUPS) < groups else 2
+        small |= {raw_key(config, GROUPS): 2, raw_key(config, TOP_GROUPS): chosen}
+        return small | {k: 2 * min(v // groups, 4) for k, v in counts.items()}
+    return small | {k: min(v, 6) for k, v in counts.items()}
 
 
 def _parts(config: PreTrainedConfig, data: dict[str, Any], scale: Scale) -> dict[str, Any]:
@@ -171,7 +195,19 @@ def _parts(config: PreTrainedConfig, data: dict[str, Any], scale: Scale) -> dict
 
 def _is_width(key: str) -> bool:
     """Whether a config key says the width of an FFN."""
-    return AXIS_OF_KEY.get(key, "expert") != "expert" or any(w in key for w in ("ffn", "intermediate", "inner"))
+    return axis_of_key(key).endswith("ffn")
+
+
+_WIDTH = re.compile(r"intermediate_size|ffn_hidden_size|ffn_dim|ffn_size|dim_ff|n_inner|inner_dim|dff")
+
+
+def axis_of_key(key: str) -> str:
+    """What pared calls the axis whose size a config key says: widths of FFNs end in "ffn", the others are called as the key."""
+    named = AXIS_OF_KEY.get(key)
+    if named is None and _WIDTH.search(key) and "factor" not in key:
+        named = _WIDTH.sub("ffn", key)
+        named = named if named.endswith("ffn") else f"{named}_ffn"
+    return named or key
 
 
 def _ratio(config: PreTrainedConfig, data: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +230,8 @@ def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings without length scaling, whose factor lists depend on the head size."""
     if any(isinstance(v, dict) for v in rope.values()):
         return {k: _plain_rope(v) if isinstance(v, dict) else v for k, v in rope.items()}
-    return {k: v for k, v in rope.items() if not isinstance(v, list)} | {"rope_type": "default"}
+    plain = {} if rope.get("rope_type") not in _LENGTH_SCALING else {"rope_type": "default"}
+    return {k: v for k, v in rope.items() if not isinstance(v, list)} | plain
 
 
 def probe_ids(rows: int = 2) -> Tensor:

@@ -31,10 +31,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
 
+from pared import models
 from pared.checkpoint import Checkpoint
 from pared.errors import ModelError
 from pared.per_layer import PerLayer, PerLayerConfigMixin, attach, build_layers_, join, split
 from pared.per_layer import blocks as find_blocks
+
+models.register()
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Buffers that older releases of transformers saved; their content follows from the config.
@@ -156,11 +159,13 @@ class Weights:
                     )
 
     def load(self, names: Iterable[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
-        """Fill the named parameters of the model. dtype None keeps each tensor's own."""
+        """Fill the named parameters of the model. dtype None keeps each tensor's own, as buffers do in any case."""
         wanted = [n for n in names if n in self.disk_names]
         for target in wanted:
             if target not in self._converted:
-                self._assign(target, self._read(self.disk_names[target][0], dtype, device))
+                owner, _, leaf = target.rpartition(".")
+                own = leaf in self.model.get_submodule(owner)._buffers
+                self._assign(target, self._read(self.disk_names[target][0], None if own else dtype, device))
         if made := [n for n in wanted if n in self._converted]:
             self._convert(made, dtype, device)
         self.model.tie_weights()
@@ -282,8 +287,10 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def config_json(config: PreTrainedConfig, per_layer: PerLayer | None = None, auto_map: Mapping[str, str] | None = None) -> str:
-    """config.json as transformers writes it; with the per-layer form, and where its code is, added if there is one."""
+    """config.json as transformers writes it; with the per-layer form, and where the code is that comes along, added if there is one."""
     data = json.loads(config.to_json_string())
+    if config.model_type in models.NATIVE:
+        data["auto_map"] = models.NATIVE[config.model_type].auto_map
     if per_layer:
         data |= {**join(per_layer), "auto_map": dict(auto_map or {})}
     return json.dumps(data, indent=2, sort_keys=True) + "\n"

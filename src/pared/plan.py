@@ -17,6 +17,7 @@ from pared.accounting import Account, account
 from pared.axes import Nested, Selection
 from pared.errors import UsageError
 from pared.structure import Layout
+from pared.vocabulary import Numbering
 
 FORMAT = "pared-plan/1"
 _RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
@@ -62,7 +63,10 @@ class LayerPlan(BaseModel):
 
 
 class Plan(BaseModel):
-    """What to keep. `removed` is the share of `of` that the plan really removes; `requested` what was asked for."""
+    """What to keep. `removed` is the share of `of` that the plan really removes; `requested` what was asked for.
+
+    vocab: the token ids that stay; the i-th of them becomes token i.
+    """
 
     model_config = ConfigDict(extra="forbid", ignored_types=(cached_property,))
     format: Literal["pared-plan/1"] = "pared-plan/1"
@@ -74,6 +78,7 @@ class Plan(BaseModel):
     before: Account
     after: Account
     hidden: str | None = None
+    vocab: str | None = None
     layers: list[LayerPlan]
     provenance: dict[str, Any] = Field(default_factory=dict)
 
@@ -98,6 +103,8 @@ class Plan(BaseModel):
         out: dict[str, Tensor | Nested] = {}
         if self.hidden is not None:
             out["hidden"] = from_ranges(self.hidden)
+        if layer is None and self.vocab is not None:
+            out["vocab"] = from_ranges(self.vocab)
         if layer is not None:
             for axis, kept in self.layers[layer].keep.items():
                 if isinstance(kept, str):
@@ -109,6 +116,10 @@ class Plan(BaseModel):
     def with_layer(self, i: int, layer: LayerPlan) -> Plan:
         """The plan with other units kept in the result's layer i, as many as before."""
         return self.model_copy(update={"layers": [*self.layers[:i], layer, *self.layers[i + 1 :]]})
+
+    def numbering(self, layout: Layout) -> Numbering | None:
+        """Old token ids to new ones; None where the vocabulary is kept whole."""
+        return None if self.vocab is None else Numbering(from_ranges(self.vocab).tolist(), layout.sizes["vocab"])
 
     def sizes(self, layer: int | None, layout: Layout) -> dict[str, int]:
         """Units of every axis in the result's layer."""
@@ -146,6 +157,8 @@ class Plan(BaseModel):
                         f"the plan lists {len(index)} rows of {axis!r} in layer {layer.source}, not one for each {kept.parent!r} it keeps",
                         where="plan",
                     )
+        if self.vocab is not None and (not self.vocab or int(from_ranges(self.vocab)[-1]) >= layout.sizes["vocab"]):
+            raise UsageError("the plan keeps tokens that this model does not have", where="plan", fix=_SIBLINGS)
 
 
 def _nested(axis: str, rows: list[Tensor], layout: Layout) -> Nested:

@@ -22,6 +22,7 @@ from pared.errors import ModelError, ParedError
 from pared.miniature import probe_ids, random_model
 from pared.per_layer import PerLayer
 from pared.plan import LayerPlan, Plan, layer_plan, to_ranges
+from pared.routing import restricted
 from pared.structure import Layout, Proof, with_signatures
 from pared.surgery import cut_model, fill, mask_
 
@@ -74,20 +75,16 @@ def prove(found: Discovered) -> tuple[dict[str, str], dict[str, Proof]]:
 
 def prunable_axes(layout: Layout) -> list[str]:
     """The axes that pared knows how to remove units of and that this model has more than one unit of."""
-    inside = set().union(
-        *(layout.tensors[n].axes for n in layout.block_tensors(0)),
-        *(layout.tensors[n].axes for n in layout.block_tensors(layout.num_layers - 1)),
-    )
-    sizes = layout.sizes_at(0)
+    inside = set().union(*(layout.tensors[n].axes for i in range(layout.num_layers) for n in layout.block_tensors(i)))
+    most = {a: max(s.get(a, 0) for s in layout.layer_sizes) for a in inside}
     widths = sorted(a for a in inside if a.endswith("ffn"))
-    named = [a for a in ("kv", "query", *widths) if a in inside and sizes.get(a, 0) > 1]
-    return [*named, "hidden", "layer"]
+    return [*(a for a in ("kv", "query", *widths, "expert") if most.get(a, 0) > 1), "hidden", "layer", "vocab"]
 
 
 def _attempt(model: PreTrainedModel, layout: Layout, axis: str, found: Discovered) -> Proof:
     """Prove one axis as a stock config says it, or else in the per-layer form."""
     first = _tried(model, layout, axis, found, stock=True)
-    if first.holds:
+    if first.holds or axis == "vocab":
         return first
     if axis == "layer":
         fixed = layout.before_another_kind()
@@ -123,15 +120,25 @@ def _tried(model: PreTrainedModel, layout: Layout, axis: str, found: Discovered,
 
 
 def trial_plan(layout: Layout, axis: str) -> Plan:
-    """A random third of the units of one axis removed, others in every layer."""
+    """A random part of the units of one axis removed, others in every layer, and of the axes whose sizes hang on it.
+
+    Raises ModelError where none can go.
+    """
     generator = torch.Generator().manual_seed(1)
 
-    def some(n: int, kept: int) -> Tensor:
-        return torch.randperm(n, generator=generator)[:kept].sort().values
+    def some(n: int, kept: int, runs: int = 1) -> Tensor:
+        rows = [torch.randperm(n // runs, generator=generator)[: kept // runs] + r * (n // runs) for r in range(runs)]
+        return torch.cat(rows).sort().values
+
+    leader = layout.follows.get(axis, (axis, 1))[0]
+    members = {leader: 1, **{a: factor for a, (of, factor) in layout.follows.items() if of == leader}}
+    runs = layout.runs.get(axis, 1)
 
     layers = [LayerPlan(source=i) for i in range(layout.num_layers)]
-    hidden = None
-    if axis == "layer":
+    hidden = vocab = None
+    if axis == "vocab":
+        vocab = to_ranges(some(layout.sizes["vocab"], layout.sizes["vocab"] * 3 // 4).tolist())
+    elif axis == "layer":
         going = next(i for i in range(layout.num_layers // 2, layout.num_layers) if i not in layout.fixed_layers)
         layers = [layer for layer in layers if layer.source != going]
     elif axis == "hidden":
@@ -139,38 +146,59 @@ def trial_plan(layout: Layout, axis: str) -> Plan:
     else:
         for i, layer in enumerate(layers):
             sizes = layout.sizes_at(layer.source)
-            if axis not in sizes:
-                continue
-            n = sizes[axis]
-            kept = n - max(1, n // 4)
-            if axis in layout.parents:
-                rows = sizes[layout.parents[axis]]
-                picked: Tensor | Nested = Nested(layout.parents[axis], torch.stack([some(n, kept) for _ in range(rows)]))
-            else:
-                picked = some(n, kept)
-            layers[i] = layer_plan(i, {axis: picked}, sizes)
+            picked: dict[str, Tensor | Nested] = {}
+            for member, factor in members.items():
+                if (n := sizes.get(member)) is None:
+                    continue
+                one = n // factor
+                kept = factor * (one - runs * max(1, one // runs // 4))
+                if kept < layout.least.get(member, 1):
+                    raise ModelError(f"none of {n} can go: {layout.least[member]} have to stay")
+                parent = layout.parents.get(member)
+                if parent is None:
+                    picked[member] = some(n, kept, runs)
+                else:
+                    picked[member] = Nested(parent, torch.stack([some(n, kept) for _ in range(sizes[parent])]))
+            layers[i] = layer_plan(i, picked, sizes)
     nothing = account(layout)
-    return Plan(model_type=layout.model_type, before=nothing, after=nothing, hidden=hidden, layers=layers)
+    return Plan(model_type=layout.model_type, before=nothing, after=nothing, hidden=hidden, vocab=vocab, layers=layers)
 
 
 def compare(dense: PreTrainedModel, cut: PreTrainedModel, layout: Layout, plan: Plan, axis: str) -> float:
     """Largest difference between the logits of the cut model and of its masked reference, relative to the largest logit."""
-    ids = probe_ids()
+    kept = plan.selection(None, layout).get("vocab")
+    vocab = torch.arange(layout.sizes["vocab"]) if not isinstance(kept, Tensor) else kept
+    # Tokens by their new ids; of a vocabulary that is cut, only those that stay have one.
+    new = probe_ids() % len(vocab)
     reference = modeling.skeleton(dense.config, dtype=torch.float32)
     tied = set(getattr(dense, "all_tied_weights_keys", {}) or {})
     fill(reference, {k: v for k, v in dense.state_dict().items() if k not in tied})
     modeling.fill_buffers(reference, reference)
+    removed: dict[int, Tensor] = {}
     if axis == "layer":
         _skip_layers(reference, layout, plan)
-    else:
+    elif axis != "vocab":
         mask_(reference, layout, plan)
         _restrict_norms(reference, cut, layout, plan)
-    with torch.no_grad():
-        want = reference(input_ids=ids, use_cache=False).logits
-        got = cut(input_ids=ids, use_cache=False).logits
+        removed = _removed_experts(layout, plan)
+    with torch.no_grad(), restricted(reference, layout, removed):
+        want = reference(input_ids=vocab[new], use_cache=False).logits[..., vocab]
+        got = cut(input_ids=new, use_cache=False).logits
     if not torch.isfinite(want).all() or float(want.std()) < 1e-3:
         raise ModelError("the random instance gives no meaningful logits")
     return float((want - got).abs().max() / want.abs().max().clamp(min=1.0))
+
+
+def _removed_experts(layout: Layout, plan: Plan) -> dict[int, Tensor]:
+    """Layer of the dense model -> the experts that a plan removes there."""
+    out: dict[int, Tensor] = {}
+    for i, layer in enumerate(plan.layers):
+        kept = plan.selection(i, layout).get("expert")
+        if isinstance(kept, Tensor):
+            gone = torch.ones(layout.sizes_at(layer.source)["expert"], dtype=torch.bool)
+            gone[kept] = False
+            out[layer.source] = gone.nonzero()[:, 0]
+    return out
 
 
 def _skip_layers(model: PreTrainedModel, layout: Layout, plan: Plan) -> None:

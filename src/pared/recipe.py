@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pared.errors import UsageError
 
-Structure = Literal["kv", "query", "ffn", "hidden", "layer"]
+Structure = Literal["kv", "query", "ffn", "expert", "hidden", "layer", "vocab"]
 # LLM-Pruner's names for what to remove, for people who come from it.
 STRATEGIES: dict[Any, tuple[str, ...]] = {"block-wise": ("kv", "ffn"), "channel-wise": ("hidden",), "layer-wise": ("layer",)}
 
@@ -22,9 +22,11 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    remove: float = Field(default=0.2, description="share to remove, in (0, 1)")
+    remove: float | None = Field(
+        default=0.2, description="share to remove, in (0, 1); of the vocabulary alone by default all that is not needed"
+    )
     of: Literal["params", "block-params", "flops", "kv-cache"] = Field(
-        default="block-params", description="what the share is of"
+        default="block-params", description="what the share is of; params for the vocabulary alone"
     )
     structures: tuple[Structure, ...] | None = Field(
         default=None, description="what may be removed; by default heads and FFN channels"
@@ -33,6 +35,10 @@ class Recipe(BaseModel):
         default="default",
         description="quick: refit on dense inputs; default: the best closed form; max: a longer search and reconstruction too",
     )
+    keep_tokens_from: str | None = Field(
+        default=None, description="for vocab: .txt, .jsonl or hub data set whose tokens are kept"
+    )
+    min_count: int = Field(default=1, ge=1, description="for vocab: tokens seen less often than this are not needed")
     criterion: str | None = Field(
         default=None, description="how importance is measured; by default the best that fits the structures"
     )
@@ -75,6 +81,18 @@ class Recipe(BaseModel):
         if not isinstance(named, list | tuple):
             return value
         return tuple(dict.fromkeys(s for v in named for s in STRATEGIES.get(v, (v,))))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _vocabulary_alone(cls, data: Any) -> Any:
+        if isinstance(data, dict) and cls._split(data.get("structures")) in (("vocab",), ["vocab"]):
+            return {"remove": None, "of": "params", **data}
+        return data
+
+    @property
+    def share(self) -> float:
+        """The share to remove; where a text decides about the amount, one that stands for none in particular."""
+        return 0.5 if self.remove is None else self.remove
 
     def to_yaml(self) -> str:
         data = self.model_dump(mode="json")

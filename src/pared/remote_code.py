@@ -6,7 +6,7 @@ import inspect
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pared import per_layer
+from pared import models, per_layer
 
 FILE = "modeling_per_layer.py"
 
@@ -32,5 +32,13 @@ def modelling_file(config: type[PreTrainedConfig], model: type[PreTrainedModel])
     """The text of the file for models of the given classes."""
     text = inspect.getsource(per_layer)
     after = text.index("\n", text.index("from transformers import ")) + 1
-    imports = f"from {config.__module__} import {config.__name__} as _Config\nfrom {model.__module__} import {model.__name__} as _Model\n"
+    imports = (
+        f"from {_home(config)} import {config.__name__} as _Config\nfrom {_home(model)} import {model.__name__} as _Model\n"
+    )
     return text[:after] + imports + text[after:] + _CLASSES.format(config=config.__name__, model=model.__name__)
+
+
+def _home(kind: type) -> str:
+    """Where the file imports a class from: a class of pared's own lies in a file beside it."""
+    package, _, module = kind.__module__.rpartition(".")
+    return f".{module}" if package == models.__name__ else kind.__module__

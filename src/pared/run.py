@@ -16,24 +16,34 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from pared import modeling
 from pared.budget import Amount, Budget
-from pared.budget.select import Effort, make_plan, recount
+from pared.budget.select import Effort, check_amount, make_plan, recount
 from pared.budget.uniform import allocate_uniform
 from pared.calibration import Calibration, load_calibration, sample_from_model
-from pared.checkpoint import Checkpoint
+from pared.checkpoint import Checkpoint, place_of
 from pared.compensate import Method, Refitted, compensate
 from pared.compose import compose
 from pared.criteria import get_criterion
 from pared.effort import GENERATIONS, STEPS, judges, measures, no_scores, reselected
 from pared.errors import ModelError, UsageError
 from pared.estimate import Progress, Scores, estimate, silent
+from pared.models import NATIVE
 from pared.per_layer import PerLayer
 from pared.plan import Plan
 from pared.proof import proved_layout
 from pared.recipe import Recipe, make_recipe
 from pared.remote_code import FILE, auto_map, modelling_file
 from pared.report.card import model_card
+from pared.retokenize import (
+    Retokenized,
+    Words,
+    check_vocabulary,
+    keep_tokens,
+    retokenize_as_planned,
+    vocabulary_alone,
+    with_vocabulary,
+)
 from pared.stream import Stream
-from pared.structure import Layout
+from pared.structure import Layout, experts_per_token
 from pared.surgery import (
     cut_block,
     cut_model,
@@ -53,12 +63,16 @@ DEFAULT_SEQ_LEN = 512
 
 @dataclass(frozen=True)
 class Pruned:
-    """What pruning gives: the model (None after a dry run or where it was only written), the plan, and a report."""
+    """What pruning gives: the model (None after a dry run or where it was only written), the plan, and a report.
+
+    tokenizer: the one that belongs to the result where its vocabulary was pruned, else the source's where one was used.
+    """
 
     model: PreTrainedModel | None
     plan: Plan
     report: dict[str, Any] = field(default_factory=dict)
     scores: Scores | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 @dataclass
@@ -88,7 +102,9 @@ class Source:
                     "calibration from text needs a tokenizer", fix="pass tokenizer=, or calibration ids as a tensor"
                 )
             try:
-                self.tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.path, config=self.config)
+                self.tokenizer = AutoTokenizer.from_pretrained(
+                    self.checkpoint.path, config=self.config, trust_remote_code=False
+                )
             except (OSError, ValueError) as error:
                 raise ModelError(f"the tokenizer can not be loaded: {error}", where=self.checkpoint.path) from error
         return self.tokenizer
@@ -110,13 +126,18 @@ class Source:
             raise UsageError("nothing to run")
         return self.checkpoint
 
+    def words(self) -> Words:
+        """The tokenizer in the form in which its vocabulary can be pruned."""
+        generation = getattr(self.model, "generation_config", None)
+        return Words.open(self.checkpoint, self.tokenizer, self.config, generation and generation.to_dict())
+
     @property
     def name(self) -> str:
         return self.checkpoint.path.name if self.checkpoint else self.config._name_or_path or self.config.model_type
 
     @property
     def experts_used(self) -> int | None:
-        return next((v for k in ("num_experts_per_tok", "moe_k") if (v := getattr(self.config, k, None))), None)
+        return experts_per_token(self.config)
 
 
 def resolve_axes(layout: Layout, structures: tuple[str, ...] | None, *, shape: str = "per-layer") -> tuple[str, ...]:
@@ -168,13 +189,20 @@ def _only_per_layer(layout: Layout, axes: list[str]) -> ModelError:
     )
 
 
+def scored_axes(layout: Layout, recipe: Recipe) -> tuple[str, ...]:
+    """The axes whose units are scored: all but the vocabulary, about which a text decides."""
+    return tuple(a for a in resolve_axes(layout, recipe.structures, shape=recipe.shape) if a != "vocab")
+
+
 def resolve(recipe: Recipe, source: Source) -> Recipe:
     """The recipe with everything that it left open decided.
 
     Second-order selection where every structure is a dense layer's own; weighted by gradients where layers compete by
     score. Elsewhere (experts' channels, hidden channels, layers) first-order Taylor scores all kinds alike.
     """
-    axes = resolve_axes(source.layout, recipe.structures, shape=recipe.shape)
+    axes = scored_axes(source.layout, recipe)
+    if not axes:
+        return recipe
     inside = not {"layer", "hidden"} & set(axes)
     dense = all(a in get_criterion("obs").axes_or(axes) and source.layout.parents.get(a) != "expert" for a in axes)
     quick = recipe.effort == "quick"
@@ -230,13 +258,24 @@ def calibrate(source: Source, recipe: Recipe, ids: torch.Tensor | None = None) -
 
 
 def plan_pruning(
-    source: Source, recipe: Recipe, *, calibration: Calibration | None = None, progress: Progress = silent
+    source: Source,
+    recipe: Recipe,
+    *,
+    calibration: Calibration | None = None,
+    vocabulary: Retokenized | None = None,
+    progress: Progress = silent,
 ) -> tuple[Plan, Scores]:
-    """Score and decide, cutting nothing. calibration: None makes it as the recipe says, where the criterion wants any."""
+    """Score and decide, cutting nothing. calibration: None makes it as the recipe says, where the criterion wants any.
+
+    vocabulary: what `keep_tokens` gave for this recipe.
+    """
     recipe = resolve(recipe, source)
+    axes = scored_axes(source.layout, recipe)
+    whole = _budget(source, recipe, axes, recipe.share)
+    whole.vocab = None if vocabulary is None else len(vocabulary.kept)
+    if not axes and vocabulary is not None:
+        return vocabulary_alone(whole, vocabulary, recipe, _provenance(source, recipe, None)), Scores()
     criterion = get_criterion(recipe.criterion or "")
-    axes = resolve_axes(source.layout, recipe.structures, shape=recipe.shape)
-    whole = _budget(source, recipe, axes, recipe.remove)
     if calibration is None and criterion.needs != "weights":
         calibration = calibrate(source, recipe)
     batches = calibration.batches(recipe.batch) if calibration else []
@@ -245,6 +284,7 @@ def plan_pruning(
     def decide(now: Source, share: float) -> tuple[Plan, Scores]:
         stream = Stream(now.runnable, now.layout, dtype=compute_dtype(recipe), device=recipe.device)
         budget = _budget(now, recipe, axes, share)
+        budget.vocab = whole.vocab
         measured = measures(recipe, now.layout, axes)
         if measured and not criterion.comparable and set(axes) <= reselected(recipe, now.layout):
             scores = no_scores(now.layout, axes)  # sizes are measured, and units chosen in the walk that refits
@@ -272,7 +312,8 @@ def plan_pruning(
         ), scores
 
     if recipe.iterative_steps == 1:
-        return decide(source, recipe.remove)
+        once, scores = decide(source, recipe.share)
+        return with_vocabulary(once, vocabulary, whole), scores
 
     # In steps: each removes an equal part of the whole amount from what the one before left.
     plan: Plan | None = None
@@ -282,7 +323,7 @@ def plan_pruning(
     total = whole.before.amount(recipe.of)
     for step in range(1, recipe.iterative_steps + 1):
         left = (plan.after if plan else whole.before).amount(recipe.of)
-        share = (recipe.remove * step / recipe.iterative_steps * total - (total - left)) / left
+        share = (recipe.share * step / recipe.iterative_steps * total - (total - left)) / left
         if share <= 0:
             continue
         part, scores = decide(now, share)
@@ -351,11 +392,12 @@ def write_pruned(
     writer: CheckpointWriter,
     recipe: Recipe | None = None,
     refitted: Iterator[Refitted] | None = None,
+    vocabulary: Retokenized | None = None,
 ) -> tuple[Path, Plan]:
     """Cut the source as a plan says, one block at a time, into a checkpoint. Returns where it lies and the final plan.
 
     refitted: for each block of the result in turn, the units that it keeps, and tensors that take the place of those
-    that are merely cut.
+    that are merely cut. vocabulary: the tokenizer's files, where the plan has a vocabulary.
     """
     layout = source.layout
     plan.check(layout)
@@ -391,8 +433,15 @@ def write_pruned(
     writer.add_file("config.json", modeling.config_json(target, per_layer, auto_map(type(target), type(result))))
     if per_layer:
         writer.add_file(FILE, modelling_file(type(target), type(result)))
+    if target.model_type in NATIVE:
+        writer.add_file(NATIVE[target.model_type].file, NATIVE[target.model_type].code())
+    files = vocabulary.files if vocabulary else {}
     for path in source.checkpoint.side_files() if source.checkpoint else []:
-        writer.copy_file(path)
+        if place_of(path) not in files:
+            writer.copy_file(path)
+    for name, content in files.items():
+        if content is not None:
+            writer.add_file(name, content)
     writer.add_file("plan.json", plan.to_json())
     if recipe is not None:
         writer.add_file("recipe.yaml", recipe.to_yaml())
@@ -411,7 +460,8 @@ def apply_plan(model: str | Path, plan: Plan, out: str | Path, *, overwrite: boo
         recorded = plan.provenance.get("source", {}).get("digest")
         if source.checkpoint is not None and recorded != source.checkpoint.digest():
             plan = plan.model_copy(update={"provenance": {**plan.provenance, "applied_to": source.name}})
-        return write_pruned(source, recount_for(source, plan), writer)[0]
+        vocabulary = retokenize_as_planned(source.words(), plan) if plan.vocab else None
+        return write_pruned(source, recount_for(source, plan), writer, vocabulary=vocabulary)[0]
 
 
 def recount_for(source: Source, plan: Plan) -> Plan:
@@ -446,17 +496,27 @@ def prune(
     ids = calibration if isinstance(calibration, torch.Tensor) else None
     if calibration is not None and ids is None:
         settings["calibration"] = str(calibration)
+    if settings.get("keep_tokens_from") is not None:
+        settings["keep_tokens_from"] = str(settings["keep_tokens_from"])
     recipe = make_recipe(dict(base or {}), **settings)
-    Amount(recipe.remove, recipe.of)
+    Amount(recipe.share, recipe.of)
+    check_vocabulary(recipe)
     source = Source.open(model, tokenizer)
     recipe = resolve(recipe, source)
+    axes = scored_axes(source.layout, recipe)
+    if axes and recipe.keep_tokens_from is None:
+        check_amount(_budget(source, recipe, axes, recipe.share), recipe.allocate or "uniform")  # before weights are read
     started = time.perf_counter()
     # The output is claimed before anything is computed: what is in its way should not be found after hours.
     claim = _writer(source, out, overwrite) if out is not None and not dry_run else contextlib.nullcontext()
     with claim as writer:
-        wanted = get_criterion(recipe.criterion or "").needs != "weights" or (not dry_run and _compensates(recipe))
+        vocabulary = None
+        if recipe.keep_tokens_from is not None:
+            budget = _budget(source, recipe, ("vocab",), recipe.share)
+            vocabulary = keep_tokens(source.words(), recipe, budget, alone=not axes, progress=progress)
+        wanted = axes and (get_criterion(recipe.criterion or "").needs != "weights" or (not dry_run and _compensates(recipe)))
         text = calibrate(source, recipe, ids) if wanted else None
-        plan, scores = plan_pruning(source, recipe, calibration=text, progress=progress)
+        plan, scores = plan_pruning(source, recipe, calibration=text, vocabulary=vocabulary, progress=progress)
         report: dict[str, Any] = {
             "model_type": source.layout.model_type,
             "requested": recipe.remove,
@@ -466,15 +526,19 @@ def prune(
             "after": plan.after.model_dump(),
             "recipe": recipe.model_dump(mode="json"),
         }
+        if vocabulary is not None:
+            report["vocabulary"] = vocabulary.facts
+        if scores.visits:
+            report["experts_never_routed"] = scores.never_visited()
         result: PreTrainedModel | None = None
         chooses = bool(reselected(recipe, source.layout))
         refitted = refit_blocks(source, plan, recipe, text, progress) if chooses or not dry_run else None
         if writer is not None:
-            where, plan = write_pruned(source, plan, writer, recipe, refitted)
+            where, plan = write_pruned(source, plan, writer, recipe, refitted, vocabulary)
             report["out"] = str(where)
         elif not dry_run:
             result, plan = cut_refitted(source.resident(), source.layout, plan, refitted)
         elif chooses:
             plan = chosen_again(plan, refitted)
     report["seconds"] = round(time.perf_counter() - started, 2)
-    return Pruned(result, plan, report, scores)
+    return Pruned(result, plan, report, scores, vocabulary.tokenizer if vocabulary else source.tokenizer)

@@ -46,6 +46,8 @@ def tied_axes(config: PreTrainedConfig, layout: Layout, candidates: Mapping[str,
         probe = _Probe(model, layout, i)
         for name in [n for n in names if n in layout.consumers and len(layout.shapes[n]) == 2]:
             dim = layout.consumers[name]
+            if layout.tensors[name].dims[1 - dim] != _HIDDEN:
+                continue  # what reads heads or FFN channels writes to the residual stream
             node, heads = layout.tensors[name].dims[dim], size(_HEADS[0].dims[0], layout.sizes_at(i))
             if (
                 node == _HIDDEN

@@ -50,6 +50,14 @@ class Calls:
     by_name: bool
 
 
+Around = Callable[[int, nn.Module], contextlib.AbstractContextManager[None]]
+
+
+def nothing_around(i: int, block: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """No hooks on a block."""
+    return contextlib.nullcontext()
+
+
 class Stream:
     """A causal language model that runs block by block.
 
@@ -76,6 +84,7 @@ class Stream:
             self.weights = modeling.Weights(source, self.model)
         self._layers = modeling.blocks(self.model)[1]
         self._calls: dict[tuple[int, ...], list[Calls]] = {}
+        self.around: Around = nothing_around  # hangs around each block while all batches run through it
         self._tuples = False  # whether blocks return a tuple: what a stand-in has to return too
 
     @property
@@ -136,12 +145,19 @@ class Stream:
         with self.outside(front=True):
             for batch in batches:
                 ids = batch.input_ids.to(self.device)
-                entered.append(self._enter(ids))
+                hidden, calls = self._enter(ids)
+                entered.append(hidden)
                 if (1, ids.shape[1]) not in self._calls:
                     self._enter(ids[:1])  # gradients of single sequences run rows of a batch on their own
+                if not _agree(calls[0], self._calls[1, ids.shape[1]][0]):
+                    raise ModelError(
+                        "the positions or masks of this model follow from its tokens, and those of the texts given differ",
+                        where="calibration",
+                        fix="give texts of equal length whose special tokens stand in the same places, or texts without any",
+                    )
         return entered
 
-    def _enter(self, ids: Tensor) -> Tensor:
+    def _enter(self, ids: Tensor) -> tuple[Tensor, list[Calls]]:
         calls: list[Calls] = []
         first: list[Tensor] = []
 
@@ -163,7 +179,7 @@ class Stream:
                 self._tuples = True
                 return self._enter(ids)
         self._calls.setdefault(tuple(ids.shape), calls)
-        return first[0]
+        return first[0], calls
 
     @contextlib.contextmanager
     def _stand_ins(self, acts: Sequence[Callable[..., Any]]) -> Iterator[None]:
@@ -207,9 +223,22 @@ class Stream:
         """All batches through all blocks. `visit` may take a block's place: (i, block, inputs) -> outputs."""
         hidden = self.embed(batches)
         for i in range(self.num_layers):
-            with self.block(i) as block, torch.no_grad():
+            with self.block(i) as block, torch.no_grad(), self.around(i, block):
                 hidden = [self.run(block, i, h) for h in hidden] if visit is None else visit(i, block, hidden)
         return hidden
+
+
+def _agree(call: Calls, single: Calls) -> bool:
+    """Whether every row of a batch's call is what the call of a single row is, so that one can stand for all."""
+
+    def same(one: Any, other: Any) -> bool:
+        if isinstance(one, tuple | list):
+            return all(map(same, one, other))
+        if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape[1:] == other.shape[1:] and len(other) == 1:
+            return bool((one == other).all())
+        return True
+
+    return same(call.args, single.args) and all(same(v, single.kwargs.get(k)) for k, v in call.kwargs.items())
 
 
 def unpadded(batches: Sequence[Batch]) -> list[Batch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from pared.axes import Signature, count, parse
+from pared.errors import ModelError
 
 # transformers' own attribute names (every config maps its spelling to them) and what pared calls the axis.
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = (
@@ -19,6 +21,9 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = (
     "num_hidden_layers",
     "vocab_size",
 )
+TOP_K, GROUPS, TOP_GROUPS = "num_experts_per_tok", "n_group", "topk_group"
+# How configs spell the number of experts that a token visits where they do not map it to transformers' name.
+_TOP_K = re.compile(r"(experts?|moe)\w*(per_tok|top_?k$|_k$)|top_?k_experts$")
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Layout:
     head_arguments: arguments of a block with an entry for each head -> the dimension that they stand in.
     kept_heads: layers that have lost heads of these already -> those that are left, by their first index.
     fixed_layers: layers that can not go, because the model's class tells the kinds of its layers by their number.
+    follows: axis -> (the axis whose size it must have, times a factor), where one config key says both.
+    runs: axis -> equal runs of units that have to keep as many each. least: axis -> the fewest units that can stay.
     """
 
     model_type: str
@@ -63,6 +70,9 @@ class Layout:
     head_arguments: dict[str, int] = field(default_factory=dict)
     kept_heads: dict[int, list[int]] = field(default_factory=dict)
     fixed_layers: frozenset[int] = frozenset()
+    follows: dict[str, tuple[str, int]] = field(default_factory=dict)
+    runs: dict[str, int] = field(default_factory=dict)
+    least: dict[str, int] = field(default_factory=dict)
     proofs: dict[str, Proof] = field(default_factory=dict)
 
     def layer_of(self, name: str) -> int | None:
@@ -97,6 +107,11 @@ class Layout:
         """Whether removing units of an axis is proved. stock: in the family's own config, not only in the per-layer form."""
         return axis in self.proofs and self.proofs[axis].holds and (self.proofs[axis].stock or not stock)
 
+    def with_followers(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Sizes, and those that follow from them."""
+        led = {a: factor * sizes[leader] for a, (leader, factor) in self.follows.items() if leader in sizes}
+        return {**sizes, **led}
+
     def parameters(self, name: str, sizes: Mapping[str, int] | None = None) -> int:
         """Entries of one tensor, of the model as it is or under other axis sizes."""
         at = self.sizes_at(self.layer_of(name)) if sizes is None else sizes
@@ -112,14 +127,19 @@ def sizes_of(config: PreTrainedConfig, keys: Mapping[str, str]) -> dict[str, int
     sizes["d"] = (_value(config, HEAD_DIM) if keys.get("d") == HEAD_DIM else None) or sizes["hidden"] // heads
     for axis, key in keys.items():
         if axis not in sizes:
-            value = _value(config, key)
-            if value is not None:
-                sizes[axis] = value
+            key, _, times = key.partition(" * ")
+            value, factor = _value(config, key), _value(config, times) if times else 1
+            if value is not None and factor is not None:
+                sizes[axis] = value * factor
     return sizes
 
 
 def resize(config: PreTrainedConfig, keys: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The config entries that say these axis sizes: {config key: value}. Axes that no key counts are passed over."""
+    """The config entries that say these axis sizes: {config key: value}. Axes that no key counts are passed over.
+
+    A key may be a product, "moe_intermediate_size * n_shared_experts", of which the first factor is the size that
+    changes. Raises ModelError where axes that share a key want different values of it.
+    """
     out: dict[str, Any] = {}
     if "kv" in sizes or "query" in sizes:
         now = sizes_of(config, keys)
@@ -128,15 +148,52 @@ def resize(config: PreTrainedConfig, keys: Mapping[str, str], sizes: Mapping[str
         if "kv" in keys:
             out[raw_key(config, KV_HEADS)] = kv
         if keys.get("d") == HEAD_DIM:
-            out[HEAD_DIM] = now["d"]
+            out[HEAD_DIM] = sizes.get("d", now["d"])
     if "hidden" in sizes:
         out[raw_key(config, HIDDEN)] = sizes["hidden"]
         if keys.get("d") == HEAD_DIM:
             out[HEAD_DIM] = sizes_of(config, keys)["d"]
     for axis, n in sizes.items():
         if axis not in ("kv", "query", "hidden", "d", "layer") and axis in keys:
-            out[raw_key(config, keys[axis])] = n
+            key, _, times = keys[axis].partition(" * ")
+            value, left = divmod(n, _value(config, times) if times else 1)
+            if left or out.setdefault(raw_key(config, key), value) != value:
+                raise ModelError(f"the config can not express this shape: {key} can not be {n} for {axis} alone")
     return out
+
+
+def experts_per_token(config: PreTrainedConfig) -> int | None:
+    """How many experts a token visits, at most; None where the config names no such number."""
+    key = top_k_key(config)
+    value = None if key is None else _value(config, key)
+    return max(value) if isinstance(value, list) else value
+
+
+def top_k_key(config: PreTrainedConfig) -> str | None:
+    """The config's own key for the number of experts that a token visits."""
+    data = config.to_dict()
+    found = [raw_key(config, TOP_K), *(k for k in data if _TOP_K.search(k))]
+    return next((k for k in found if _is_count(data.get(k))), None)
+
+
+def _is_count(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return bool(numbers) and all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in numbers)
+
+
+def expert_runs(config: PreTrainedConfig) -> int:
+    """Groups of experts of a router that chooses groups first; 1 where it does not."""
+    groups = _value(config, GROUPS)
+    return groups if _is_count(groups) and _is_count(_value(config, TOP_GROUPS)) else 1
+
+
+def least_experts(config: PreTrainedConfig) -> int:
+    """The fewest experts with which the router works: each token visits so many, out of the groups that it chooses.
+
+    A group is worth what its best two experts are (DeepSeek V3, arXiv:2412.19437, 2.1.2), so it has two or more.
+    """
+    top_k, groups = experts_per_token(config) or 1, expert_runs(config)
+    return top_k if groups == 1 else groups * max(2, -(-top_k // _value(config, TOP_GROUPS)))
 
 
 def block_entries(config: PreTrainedConfig, keys: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from pared.axes import Selection, indices, names, parse, size, take, zero_
 from pared.errors import ModelError
 from pared.families import STAND_INS
 from pared.per_layer import HEADS as KEPT_HEADS
-from pared.per_layer import SHAPES, PerLayer, make_block
+from pared.per_layer import PER_LAYER, SHAPES, PerLayer, make_block
 from pared.plan import Plan, kept_sizes
 from pared.structure import HEAD_DIM, HEADS, LAYERS, Layout, block_entries, keep_layers, resize, sizes_of
+from pared.vocabulary import remap_ids
 
 
 def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple[PreTrainedConfig, PerLayer]:
@@ -27,17 +28,24 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
     Raises ModelError where the family's config, or that of a family with the same block, can not say it.
     """
     shapes = [{a: n for a, n in plan.sizes(i, layout).items() if a not in layout.sizes} for i in range(len(plan.layers))]
-    shared = {"hidden": plan.sizes(None, layout)["hidden"]} if plan.hidden is not None else {}
+    together = {a: n for s in shapes for a, n in s.items()}
+    shared = kept_sizes(plan.selection(None, layout))
     sources = [layer.source for layer in plan.layers]
     data = keep_layers(config.to_dict(), sources, layout.num_layers)
+    if (new := plan.numbering(layout)) is not None:
+        data = remap_ids(data, new, "config.json")
     data[config.attribute_map.get(LAYERS, LAYERS)] = len(sources)
+    if theirs := {int(i): e for i, e in (data.get(PER_LAYER) or {}).items()}:  # of families that say it by themselves
+        data[PER_LAYER] = {i: theirs[source] for i, source in enumerate(sources) if source in theirs}
     changed = {a for i, own in enumerate(shapes) for a in own if own[a] != layout.layer_sizes[sources[i]].get(a)}
     stock = all(layout.proofs[a].stock for a in changed | shared.keys() if a in layout.proofs)
-    if stock and all(s == shapes[0] for s in shapes):
+    if getattr(config, "is_heterogeneous", False):
+        together = {a: n for a, n in together.items() if a in changed}  # what else they differ in is the family's own way
+    if stock and all(together[a] == n for s in shapes for a, n in s.items() if a in together):
         # The layers' own sizes say what a config leaves open; where it says a size, that is what may have to change.
-        said = {**layout.layer_sizes[sources[0]], **sizes_of(config, layout.keys)}
+        said = {a: n for i in sources for a, n in layout.layer_sizes[i].items()} | sizes_of(config, layout.keys)
         try:
-            changes = resize(config, layout.keys, {**_changed(shapes[0], said), **shared})
+            changes = resize(config, layout.keys, {**_changed(together, said), **shared})
             return _build(config, {**data, **changes}), {}
         except ModelError:
             if plan.shape == "uniform":
@@ -108,7 +116,7 @@ def _add_shapes(layout: Layout, plan: Plan, target: PreTrainedConfig, entries: P
 
 def written_as(layout: Layout, config: PreTrainedConfig, sizes: Mapping[str, int], hidden: int | None) -> str | None:
     """The model type whose config can say a uniform shape: the family's own, a stand-in's, or None."""
-    now = {a: n for a, n in sizes.items() if any(n != own.get(a) for own in layout.layer_sizes)}
+    now = {a: n for a, n in sizes.items() if any(n != own[a] for own in layout.layer_sizes if a in own)}
     now |= {} if hidden is None else {"hidden": hidden}
     if not all(layout.proofs[a].stock for a in now if a in layout.proofs):
         return None
@@ -121,7 +129,7 @@ def written_as(layout: Layout, config: PreTrainedConfig, sizes: Mapping[str, int
 def _changed(sizes: Mapping[str, int], dense: Mapping[str, int]) -> dict[str, int]:
     changed = {a: n for a, n in sizes.items() if n != dense[a]}
     if changed.keys() & {"kv", "query"}:
-        changed.update(kv=sizes["kv"], query=sizes["query"])
+        changed |= {a: sizes[a] for a in ("kv", "query") if a in sizes}
     return changed
 
 
@@ -238,6 +246,10 @@ def assemble(
     fill(result, state, frozen=False)
     modeling.fill_buffers(result, result, next(iter(state.values())).device)
     if generation_config is not None and result.can_generate():
+        if (new := plan.numbering(layout)) is not None:
+            generation_config = type(generation_config).from_dict(
+                remap_ids(generation_config.to_dict(), new, "generation_config")
+            )
         result.generation_config = generation_config
     return result
 

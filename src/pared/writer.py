@@ -21,7 +21,7 @@ from typing import BinaryIO, Self
 import torch
 from torch import Tensor
 
-from pared.checkpoint import INDEX, SINGLE, TEMPLATES
+from pared.checkpoint import INDEX, SINGLE, TEMPLATES, place_of
 from pared.errors import ModelError, ResourceError, UsageError
 from pared.tensorfile import DTYPE_NAMES, TensorInfo, chunks, make_header
 
@@ -89,8 +89,7 @@ class CheckpointWriter:
 
     def copy_file(self, path: Path) -> None:
         """Carry a file over under its own name."""
-        name = f"{TEMPLATES}/{path.name}" if path.parent.name == TEMPLATES else path.name
-        self._write(name, chunks(path))
+        self._write(place_of(path), chunks(path))
 
     def commit(self) -> Path:
         """Make what was written the checkpoint OUT. Returns its path."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, CodeGenConfig
 
 import tiny
 from command import pared
@@ -119,8 +120,18 @@ def test_what_alignment_puts_out_of_reach_is_said(tmp_path: Path) -> None:
     assert "out of reach" in rows[-1]["reason"] and "out of reach" in done.out
 
 
-def test_an_axis_that_is_not_proved_comes_with_the_reason(tmp_path: Path) -> None:
+def test_sizes_that_no_config_can_say_are_predicted_in_the_form_that_can(tmp_path: Path) -> None:
     model = tiny.save(tiny.model("bloom"), tmp_path / "model")
+    found = json.loads(pared("inspect", model, "--format", "json").out)
+    assert found["shape"] == "per-layer" and found["removes"] == ["kv", "ffn"]
+    assert all(row["removed"] >= row["remove"] for row in found["predictions"])
+    assert "--shape per-layer" in pared("inspect", model).out
+
+
+def test_an_axis_that_is_not_proved_comes_with_the_reason(tmp_path: Path) -> None:
+    # CodeGen's heads lie in four partitions, as no layout that is tried has them.
+    config = CodeGenConfig(vocab_size=64, n_embd=64, n_layer=2, n_head=8, rotary_dim=4, n_positions=64)
+    model = tiny.save(AutoModelForCausalLM.from_config(config), tmp_path / "model")
     found = json.loads(pared("inspect", model, "--format", "json").out)
     for axis in found["axes"]:
         assert axis["proved"] or (axis["reason"] and axis["config"] is None)

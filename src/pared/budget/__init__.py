@@ -37,7 +37,7 @@ class Budget:
 
     protected: layers that stay as they are. experts_used: experts that each token visits, for flops.
     written_as: the model type that uniform sizes and a number of hidden channels would be written as, None where no
-    config can say them; by default every shape can be written.
+    config can say them; by default every shape can be written. vocab: tokens that stay, where that is decided already.
     """
 
     layout: Layout
@@ -48,6 +48,7 @@ class Budget:
     context: int = 1024
     experts_used: int | None = None
     written_as: Callable[[Sizes, int | None], str | None] | None = None
+    vocab: int | None = None
     before: Account = field(init=False)
     target: float = field(init=False)
     _blocks: dict[tuple[object, ...], int] = field(default_factory=dict, init=False)
@@ -71,8 +72,14 @@ class Budget:
         if self.amount.of == "kv-cache" and self.before.kv_cache == 0:
             raise UsageError("this model has no key-value cache to shrink", where="--of kv-cache")
 
-    def count(self, layers: Sequence[tuple[int, Mapping[str, int]]] | None = None, hidden: int | None = None) -> Account:
-        return account(self.layout, layers, hidden=hidden, context=self.context, experts_used=self.experts_used)
+    def count(
+        self,
+        layers: Sequence[tuple[int, Mapping[str, int]]] | None = None,
+        hidden: int | None = None,
+        vocab: int | None = None,
+    ) -> Account:
+        used = self.experts_used
+        return account(self.layout, layers, hidden=hidden, vocab=vocab, context=self.context, experts_used=used)
 
     def block_amount(self, layer: int, sizes: Mapping[str, int], hidden: int | None = None) -> int:
         """The amount that one block holds under given sizes (those not named are as they are)."""
@@ -92,10 +99,15 @@ class Budget:
         return self._blocks[key]
 
     def outside_amount(self, hidden: int | None = None) -> int:
-        """The amount that lies outside of the blocks."""
+        """The amount that lies outside of the blocks, with the tokens that stay."""
         if hidden not in self._outside:
-            self._outside[hidden] = self.count([], hidden).amount(self.amount.of)
+            self._outside[hidden] = self.count([], hidden, self.vocab).amount(self.amount.of)
         return self._outside[hidden]
+
+    @property
+    def given(self) -> int:
+        """The amount that is removed already when every block is as it was: what the vocabulary gives."""
+        return (self.count([]).amount(self.amount.of)) - self.outside_amount()
 
     def alike(self, layers: Sequence[int]) -> list[tuple[int, int]]:
         """Layers that count the same under the same sizes: (one of them, how many), those protected apart."""
@@ -107,14 +119,16 @@ class Budget:
 
     @property
     def width_axes(self) -> list[str]:
-        """Requested axes with many small units: FFN channels of any kind."""
-        return [a for a in self.axes if a.endswith("ffn")]
+        """Requested axes with many small units: FFN channels of any kind, but for those whose number follows from another's."""
+        return [a for a in self.axes if a.endswith("ffn") and a not in self.layout.follows]
 
     def step(self, axis: str) -> int:
         """The multiple that kept units of an axis are rounded to."""
         n = max(s.get(axis, 1) for s in (self.layout.sizes_at(i) for i in range(self.layout.num_layers)))
+        if axis == "vocab":
+            return self.align or max(8, min(64, 2 ** int(math.log2(max(1, n // 128)))))
         if not (axis.endswith("ffn") or axis == "hidden"):
-            return 1
+            return self.layout.runs.get(axis, 1)
         # Kernels like round numbers, and the budget wants fine steps: a power of two under 1% of the axis.
         fine = min(64, 2 ** int(math.log2(max(1, n // 128))))
         return math.lcm(self.align or fine, self.grain(axis))
@@ -126,11 +140,29 @@ class Budget:
             return max(s.get("kv", 1) * s.get("query", 1) for s in self.layout.layer_sizes)
         return 8 if axis in self._stacked and axis not in ("kv", "query") else 1
 
+    def full(self) -> Sizes:
+        """Units of every axis in the layers that are not protected; axes that not all of them have are among these."""
+        free = [i for i in range(self.layout.num_layers) if i not in self.protected] or [0]
+        return {**self.layout.sizes, **{a: n for i in free for a, n in self.layout.layer_sizes[i].items()}}
+
+    def levels(self, axis: str, n: int) -> list[int]:
+        """How many of n units of an axis with few may stay, from all of them down."""
+        return list(range(n, max(1, self.layout.least.get(axis, 1)) - 1, -self.layout.runs.get(axis, 1))) or [n]
+
     def unreachable(self, most: float) -> UsageError:
         """The error for an amount that these axes can not give; most: the largest share that they can."""
+        least = self.given / self.before.amount(self.amount.of)
         return UsageError(
             f"removing {self.amount.remove:.1%} of {self.amount.of} is out of reach: "
-            f"{', '.join(self.axes)} can give between 0% and {math.floor(most * 1000) / 1000:.1%}",
+            f"{', '.join([*(['vocab'] if self.vocab else []), *self.axes])} can give between {f'{least:.1%}' if least else '0%'} and {math.floor(most * 1000) / 1000:.1%}"
+            f"{self._experts_stay()}",
             where="--remove",
             fix="ask for less, add structures, or use a smaller --align",
         )
+
+    def _experts_stay(self) -> str:
+        if "expert" not in self.axes or "expert" not in self.layout.least:
+            return ""
+        least, runs = self.layout.least["expert"], self.layout.runs.get("expert", 1)
+        groups = f", as many in each of {runs} groups" if runs > 1 else ""
+        return f": of {self.full()['expert']} experts {least} have to stay{groups}, for every token visits {self.experts_used}"

@@ -15,11 +15,17 @@ def allocate_ranked(budget: Budget, scores: Scores) -> dict[int, Sizes]:
     """Sizes for every layer (the axes that change). Removes at least the amount asked for, by less than one last step.
 
     Query heads go one from every KV group at a time, channels in experts one from every expert, FFN channels in
-    aligned steps. Every layer keeps at least one unit of each axis.
+    aligned steps. Every layer keeps at least one unit of each axis, and the experts that its router needs.
     """
     layout = budget.layout
     sizes = {i: {a: layout.sizes_at(i)[a] for a in budget.axes if (i, a) in scores.of} for i in range(layout.num_layers)}
-    ladders = {(i, a): _steps(budget, scores, i, a) for i, own in sizes.items() if i not in budget.protected for a in own}
+    ladders = {
+        (i, a): _steps(budget, scores, i, a)
+        for i, own in sizes.items()
+        if i not in budget.protected
+        for a in own
+        if layout.follows.get(a, ("",))[0] not in own
+    }
     at = dict.fromkeys(ladders, 0)
     heap: list[tuple[float, int, str, int]] = []
     price: dict[tuple[int, str], float] = {}
@@ -27,21 +33,23 @@ def allocate_ranked(budget: Budget, scores: Scores) -> dict[int, Sizes]:
     def push(i: int, a: str) -> None:
         if at[i, a] < len(ladders[i, a]):
             score, after = ladders[i, a][at[i, a]]
-            saved = _saves(budget, i, a, after, sizes[i])
+            # Experts and channels inside of them: what one is worth falls with the other as what it saves does.
+            at_first = {b: n for b, n in budget.layout.layer_sizes[i].items() if _nested(budget, a, b)}
+            saved = _saves(budget, i, a, after, {**sizes[i], **at_first})
             if saved > 0:
                 price[i, a] = score / saved if scores.comparable else score
                 heapq.heappush(heap, (price[i, a], i, a, at[i, a]))
 
     for i, a in ladders:
         push(i, a)
-    removed = 0
+    removed = budget.given
     while heap and removed < budget.target:
         now, i, a, step = heapq.heappop(heap)
         if step != at[i, a] or now != price[i, a]:
             continue
         after = ladders[i, a][step][1]
         removed += _saves(budget, i, a, after, sizes[i])
-        sizes[i][a] = after
+        sizes[i] = _with(budget, sizes[i], a, after)
         at[i, a] += 1
         # What attention saves depends on both of its axes: prices of the other one are renewed.
         for other in ("kv", "query") if a in ("kv", "query") else (a,):
@@ -53,26 +61,64 @@ def allocate_ranked(budget: Budget, scores: Scores) -> dict[int, Sizes]:
     return sizes
 
 
+def check_reach(budget: Budget) -> None:
+    """UsageError where not even the smallest sizes of every layer would remove the amount; needs no scores."""
+    layout, left = budget.layout, budget.outside_amount()
+    for i, own in enumerate(layout.layer_sizes):
+        fewest: Sizes = {}
+        for axis in budget.axes if i not in budget.protected else ():
+            if axis in own and layout.follows.get(axis, ("",))[0] not in own:
+                allowed = [m for m in budget.levels(axis, own[axis]) if m % budget.step(axis) == 0]
+                fewest = _with(budget, {**own, **fewest}, axis, allowed[-1] if allowed else own[axis])
+        left += budget.block_amount(i, fewest)
+    total = budget.before.amount(budget.amount.of)
+    if total - left < budget.target:
+        raise budget.unreachable((total - left) / total)
+
+
 def _saves(budget: Budget, i: int, axis: str, after: int, now: Sizes) -> int:
-    return budget.block_amount(i, now) - budget.block_amount(i, {**now, axis: after})
+    return budget.block_amount(i, now) - budget.block_amount(i, _with(budget, now, axis, after))
+
+
+def _with(budget: Budget, now: Sizes, axis: str, n: int) -> Sizes:
+    """Sizes with another number of units of one axis, and of those that follow it."""
+    follow = {f: factor * n for f, (leader, factor) in budget.layout.follows.items() if leader == axis and f in now}
+    return {**now, axis: n, **follow}
+
+
+def _nested(budget: Budget, one: str, other: str) -> bool:
+    parents = budget.layout.parents
+    return "expert" in (one, other) and (parents.get(one) == other or parents.get(other) == one)
 
 
 def _steps(budget: Budget, scores: Scores, i: int, axis: str) -> list[tuple[float, int]]:
     """For one (layer, axis), the steps down: (score that the step gives up, units left after it)."""
     n = budget.layout.sizes_at(i)[axis]
-    value = scores.of[i, axis]
-    if not scores.comparable:
-        value = standardise(value)
-    rows = value.reshape(-1, n).sort(dim=1).values
-    order = rows.sum(0) if scores.comparable else rows.mean(0)
+    order = _ascending(budget, scores, i, axis)
+    for follower, (leader, _) in budget.layout.follows.items():
+        if leader == axis and (i, follower) in scores.of:
+            more = _ascending(budget, scores, i, follower).reshape(n, -1)
+            order = order + (more.sum(1) if scores.comparable else more.mean(1))
     step = budget.step(axis)
-    levels = [m for m in range(n - 1, 0, -1) if m % step == 0]
+    levels = [m for m in budget.levels(axis, n)[1:] if m % step == 0]
     out, left = [], n
     for m in levels:
         part = order[n - left : n - m]
         out.append((float(part.sum() if scores.comparable else part.mean()), m))
         left = m
     return out
+
+
+def _ascending(budget: Budget, scores: Scores, i: int, axis: str) -> Tensor:
+    """What each unit of one (layer, axis) is worth, cheapest first; nested axes give the same number in every parent."""
+    n, runs = budget.layout.sizes_at(i)[axis], budget.layout.runs.get(axis, 1)
+    value = scores.of[i, axis]
+    if not scores.comparable:
+        value = standardise(value)
+    rows = value.reshape(-1, n).sort(dim=1).values
+    if runs > 1:  # the cheapest of every run, then the next of every run
+        return value.reshape(runs, -1).sort(dim=1).values.T.flatten()
+    return rows.sum(0) if scores.comparable else rows.mean(0)
 
 
 def standardise(value: Tensor) -> Tensor:
@@ -95,10 +141,11 @@ def _give_back(
             if step == 0:
                 continue
             before = ladders[i, a][step - 2][1] if step > 1 else budget.layout.sizes_at(i)[a]
-            saved = budget.block_amount(i, {**sizes[i], a: before}) - budget.block_amount(i, sizes[i])
+            wider = _with(budget, sizes[i], a, before)
+            saved = budget.block_amount(i, wider) - budget.block_amount(i, sizes[i])
             if removed - saved >= budget.target:
                 removed -= saved
-                sizes[i][a] = before
+                sizes[i] = wider
                 at[i, a] = step - 1
                 undone = True
                 break

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pared.axes import Nested
 from pared.budget import Budget, Sizes
-from pared.budget.ranked import allocate_ranked
+from pared.budget.ranked import allocate_ranked, check_reach
 from pared.budget.search import search
 from pared.budget.trials import Judges
 from pared.budget.uniform import allocate_uniform, uniform_shapes
@@ -30,6 +30,14 @@ class Effort:
     generations: int = 8
     minutes: float | None = None
     seed: int = 0
+
+
+def check_amount(budget: Budget, allocate: str) -> None:
+    """UsageError where the amount is out of reach, whatever the scores will be."""
+    if allocate == "uniform":
+        allocate_uniform(budget)
+    elif allocate in ("global", "search"):
+        check_reach(budget)
 
 
 def make_plan(
@@ -144,7 +152,8 @@ def recount(plan: Plan, budget: Budget) -> Plan:
     """The plan with its account of what it leaves."""
     layout, of = budget.layout, plan.of
     layers = [(p.source, kept_sizes(plan.selection(i, layout))) for i, p in enumerate(plan.layers)]
-    after = budget.count(layers, plan.sizes(None, layout)["hidden"])
+    outside = plan.sizes(None, layout)
+    after = budget.count(layers, outside["hidden"], outside["vocab"])
     removed = 1 - after.amount(of) / budget.before.amount(of)
     return plan.model_copy(update={"before": budget.before, "after": after, "removed": removed})
 
@@ -160,7 +169,7 @@ def select(layout: Layout, scores: Scores, layer: int, sizes: Sizes) -> dict[str
         value = scores.of[layer, axis]
         parent = layout.parents.get(axis)
         if parent is None:
-            keep[axis] = top(value, n)
+            keep[axis] = top(value, n, layout.runs.get(axis, 1))
         else:
             chosen = keep.get(parent)
             rows = value.reshape(full[parent], full[axis])
@@ -169,6 +178,7 @@ def select(layout: Layout, scores: Scores, layer: int, sizes: Sizes) -> dict[str
     return keep
 
 
-def top(value: Tensor, n: int) -> Tensor:
-    """Indices of the n largest values, ascending."""
-    return value.argsort(descending=True, stable=True)[:n].sort().values
+def top(value: Tensor, n: int, runs: int = 1) -> Tensor:
+    """Indices of the n largest values, ascending; as many out of each of so many equal runs of them."""
+    order = value.reshape(runs, -1).argsort(dim=1, descending=True, stable=True)[:, : n // runs]
+    return (order + torch.arange(runs, device=value.device)[:, None] * (len(value) // runs)).flatten().sort().values

@@ -65,7 +65,7 @@ def per_layer(budget: Budget, shape: Shape) -> PerLayer:
 def _spread(budget: Budget, shapes: list[tuple[float, Shape]]) -> list[tuple[float, Shape]]:
     """Up to MOST_MEASURED of the shapes, the most balanced one among them, evenly over the attention that they keep."""
     near = [s for s in shapes if s[0] <= shapes[0][0] + UNBALANCED]
-    full = budget.layout.sizes_at(_typical(budget))
+    full = budget.full()
 
     def attention(shape: Shape) -> float:
         return math.prod(shape.sizes.get(a, full[a]) / full[a] for a in ("kv", "query") if a in full)
@@ -132,11 +132,11 @@ def layers_under(budget: Budget, sizes: Sizes, kept: int) -> list[tuple[int, Siz
 
 def _coarse_levels(budget: Budget) -> list[dict[str, int]]:
     layout = budget.layout
-    sizes = {**layout.sizes, **layout.layer_sizes[_typical(budget)]}
+    sizes = budget.full()
     choices: dict[str, list[int]] = {}
     for axis in budget.axes:
         if axis in ("kv", "query", "expert"):
-            choices[axis] = list(range(sizes[axis], 0, -1))
+            choices[axis] = budget.levels(axis, sizes[axis])
         elif axis == "layer":
             free = layout.num_layers - len(budget.protected)
             choices[axis] = list(range(layout.num_layers, max(len(budget.protected), layout.num_layers - free), -1))
@@ -152,22 +152,19 @@ def _coarse_levels(budget: Budget) -> list[dict[str, int]]:
     return [dict(zip(choices, c, strict=True)) for c in itertools.product(*choices.values())]
 
 
-def _typical(budget: Budget) -> int:
-    return next((i for i in range(budget.layout.num_layers) if i not in budget.protected), 0)
-
-
 def _fill(budget: Budget, coarse: dict[str, int], alike: list[tuple[int, int]]) -> Shape:
     """Complete coarse sizes by the widest FFN that still meets the budget. alike: the layers that stay, in groups."""
     layout = budget.layout
     hidden = coarse.get("hidden")
     kept = coarse.get("layer", layout.num_layers)
     base = {a: n for a, n in coarse.items() if a not in ("hidden", "layer")}
-    full = layout.sizes_at(_typical(budget))
+    full = budget.full()
     ladders = {a: _ladder(full[a], budget.step(a)) for a in budget.width_axes if a in full}
 
     def at(share: float) -> Sizes:
         """All FFN axes narrowed by the same share."""
-        return {a: rungs[min(len(rungs) - 1, round(share * (len(rungs) - 1)))] for a, rungs in ladders.items()}
+        own = {a: rungs[min(len(rungs) - 1, round(share * (len(rungs) - 1)))] for a, rungs in ladders.items()}
+        return layout.with_followers(own)
 
     def removed(share: float) -> int:
         sizes, left = {**base, **at(share)}, budget.outside_amount(hidden)
@@ -195,7 +192,7 @@ def _ladder(n: int, step: int) -> list[int]:
 
 def _imbalance(budget: Budget, shape: Shape) -> float:
     """How unlike the shares are that the kinds of structure lose: attention, FFN, hidden, depth."""
-    full = budget.layout.sizes_at(_typical(budget))
+    full = budget.full()
     lost: list[float] = []
     if {"kv", "query"} & set(budget.axes):
         kv, query = shape.sizes.get("kv", full["kv"]) / full["kv"], shape.sizes.get("query", full["query"]) / full["query"]

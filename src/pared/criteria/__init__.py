@@ -23,7 +23,14 @@ from pared.axes import Signature, reduce_to_units
 from pared.errors import UsageError
 
 Needs = Literal[
-    "weights", "activations", "second-moments", "second-moments-fisher", "gradients", "squared-gradients", "removal"
+    "weights",
+    "activations",
+    "routing",
+    "second-moments",
+    "second-moments-fisher",
+    "gradients",
+    "squared-gradients",
+    "removal",
 ]
 REDUCTIONS = ("sum", "mean", "max", "prod", "first", "last")
 
@@ -139,13 +146,39 @@ class Moments:
 
 
 @dataclass
+class Routing:
+    """Where one block's tokens were sent, and what came back: float64 sums over the tokens sent to each expert [experts].
+
+    tokens: all of them. count: sent to each expert. gated: of gate * ||output||. output: of ||output||, without the gate.
+    """
+
+    tokens: int
+    count: Tensor
+    gated: Tensor
+    output: Tensor
+
+    @classmethod
+    def zeros(cls, experts: int) -> Routing:
+        return cls(0, *(torch.zeros(experts, dtype=torch.float64) for _ in range(3)))
+
+    def add(self, index: Tensor, gate: Tensor, norm: Tensor) -> None:
+        """Add tokens, each with the experts it visits: index, gate and norm of the experts' outputs, all [tokens, k]."""
+        at, size = index.flatten().cpu(), norm.double().flatten().cpu()
+        self.tokens += index.shape[0]
+        self.count += torch.bincount(at, minlength=len(self.count))
+        self.output.index_add_(0, at, size)
+        self.gated.index_add_(0, at, size * gate.double().flatten().cpu())
+
+
+@dataclass
 class Stats:
     """What calibration gave for one block, by tensor name inside the block. Only what the criterion needs is there.
 
     moments: of the inputs. second_moments: E[a a^T] of the inputs, fp32 [n, n]. output_fisher: E[g g^T] of the loss's
     gradient at the outputs, fp32 [out, out], scaled to one token's own loss. gradients: of the mean loss, fp32. squared: mean over sequences of the squared gradient of
     the sequence's mean loss. cosine: mean over tokens of cos(block input, block output). loss_without: mean loss of
-    the model when the layer is left out, at the moment of the search when it went. seed: of the run.
+    the model when the layer is left out, at the moment of the search when it went. routing: None where the block's experts
+    do not show it. seed: of the run.
     """
 
     moments: dict[str, Moments] = field(default_factory=dict)
@@ -155,6 +188,7 @@ class Stats:
     output_fisher: dict[str, Tensor] = field(default_factory=dict)
     cosine: float | None = None
     loss_without: float | None = None
+    routing: Routing | None = None
     seed: int = 0
 
 

@@ -27,13 +27,17 @@ _CHUNK = 2**24
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Text cut for evaluation: ids [n, seq_len] and, for each window, the first position that is scored [n]."""
+    """Text cut for evaluation: ids [n, seq_len] and, for each window, the first position that is scored [n].
+
+    text_bytes: of the whole text in UTF-8, which its stream_tokens tokens stand for; None where that is not known.
+    """
 
     ids: Tensor
     first_scored: Tensor
     stride: int | None
     documents: int
     stream_tokens: int
+    text_bytes: int | None = None
 
     @property
     def seq_len(self) -> int:
@@ -89,7 +93,26 @@ def windows(
     ids = stream.unfold(0, seq_len, stride or seq_len)  # a view: overlapping windows take no memory
     first_scored = torch.full((len(ids),), max(1, seq_len - (stride or seq_len)), dtype=torch.int64)
     first_scored[0] = 1
-    return Windows(ids, first_scored, stride, len(documents), len(stream))
+    return Windows(ids, first_scored, stride, len(documents), len(stream), sum(len(d.encode()) for d in documents))
+
+
+def bits_per_byte(nll: float, windows: Windows) -> float | None:
+    """A mean loss per token as bits per byte of the text: comparable between models with unlike tokenizers."""
+    return nll / math.log(2) * windows.stream_tokens / windows.text_bytes if windows.text_bytes else None
+
+
+def restricted(logits: Logits, kept: Tensor) -> Logits:
+    """A model whose tokens are numbered by their place in `kept` (int64, the model's own ids), and that knows no others.
+
+    A softmax over what it gives is the model's distribution over the kept tokens alone.
+    """
+
+    def inner(ids: Tensor) -> Tensor:
+        chosen = kept.to(ids.device)
+        out = logits(chosen[ids])
+        return out[..., chosen.to(out.device)]
+
+    return inner
 
 
 def protocol(windows: Windows) -> str:

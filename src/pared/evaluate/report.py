@@ -19,9 +19,21 @@ from pared.accounting import Account, account
 from pared.calibration import check_seq_len, check_size, sample_from_model
 from pared.checkpoint import Checkpoint
 from pared.errors import ModelError, UsageError
-from pared.evaluate.perplexity import Logits, Quality, Windows, logits_of, measure, protocol, windows
+from pared.evaluate.perplexity import (
+    Logits,
+    Quality,
+    Windows,
+    bits_per_byte,
+    logits_of,
+    measure,
+    protocol,
+    restricted,
+    windows,
+)
 from pared.evaluate.speed import Speed, measure_speed, peak_memory_bytes
+from pared.plan import Plan, from_ranges
 from pared.proof import proved_layout
+from pared.structure import experts_per_token
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 DEFAULT_SEQ_LEN = 512
@@ -44,7 +56,7 @@ class Subject:
     def open(cls, model: str | Path) -> Subject:
         checkpoint = Checkpoint.open(model)
         config, per_layer = modeling.make_config(checkpoint.config)
-        used = next((v for k in ("num_experts_per_tok", "moe_k") if (v := getattr(config, k, None))), None)
+        used = experts_per_token(config)
         return cls(checkpoint, config, account(proved_layout(config, per_layer), experts_used=used))
 
     @property
@@ -57,7 +69,7 @@ class Subject:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
-            return AutoTokenizer.from_pretrained(self.checkpoint.path, config=self.config)
+            return AutoTokenizer.from_pretrained(self.checkpoint.path, config=self.config, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ModelError(f"the tokenizer can not be loaded: {error}", where=self.checkpoint.path) from error
 
@@ -99,9 +111,7 @@ def evaluate(
     ours = Subject.open(model)
     dense = None if against is None else Subject.open(against)
     reference = dense or ours
-    if reference.vocab != ours.vocab:
-        what = f"a vocabulary of {ours.vocab} can not be compared with the dense model's {reference.vocab}"
-        raise ModelError(what, where=ours.checkpoint.path, fix="compare with the model that this one was pruned from")
+    kept = None if dense is None else kept_tokens(ours, dense)
     limit = min((n for s in (ours, reference) if (n := s.max_positions) is not None), default=None)
     seq_len = seq_len if seq_len is not None else min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
     if batch < 1:
@@ -119,11 +129,21 @@ def evaluate(
     # Each model alone, the one asked about first: what the other one needs must not count as its memory.
     costs = {id(s): _cost(load, s, device, progress) if speed else _NO_COST for s in (ours, dense) if s is not None}
     base = load(reference)
-    text_windows, how = given or _self_text(base, reference, seq_len, max_windows or SELF_WINDOWS, progress)
-    quality, of_dense = _quality(base, None if dense is None else load(ours), text_windows, batch, device, progress)
+    own_text, how = given or _self_text(base, reference, seq_len, max_windows or SELF_WINDOWS, progress)
+    text_windows, theirs, own_bits = own_text, logits_of(base), None
+    if kept is not None:
+        text_windows, again = _given(text, ours, seq_len, stride, max_windows, limit) or _read_again(own_text, reference, ours)
+        how = f"{how} {again}" if given is None else again
+        how += _kept_protocol(len(kept), reference.vocab)
+        own_bits = bits_per_byte(_quality(theirs, None, own_text, batch, device, progress)[0].nll, own_text)
+        theirs = restricted(theirs, kept)
+    quality, of_dense = _quality(
+        theirs, None if dense is None else logits_of(load(ours)), text_windows, batch, device, progress
+    )
     report = {
         "perplexity": quality.perplexity,
         "nll": quality.nll,
+        "bits_per_byte": bits_per_byte(quality.nll, text_windows),
         "tokens": quality.tokens,
         "seq_len": quality.seq_len,
         "stride": quality.stride,
@@ -137,9 +157,38 @@ def evaluate(
         "protocol": how + (_speed_protocol(limit) if speed else ""),
     }
     if dense is not None and of_dense is not None:
-        own = {"perplexity": of_dense.perplexity, "nll": of_dense.nll}
+        own: dict[str, Any] = {"perplexity": of_dense.perplexity, "nll": of_dense.nll}
+        own["bits_per_byte"] = own_bits or bits_per_byte(of_dense.nll, text_windows)
         report["against"] = {**own, **dense.facts(), **costs[id(dense)]}
     return report
+
+
+def kept_tokens(ours: Subject, dense: Subject) -> Tensor | None:
+    """For each token of a model its id in the dense model; None where both have the same vocabulary.
+
+    From the plan that the model was pruned by. ModelError where there is none for this dense model.
+    """
+    if ours.vocab == dense.vocab:
+        return None
+    file = ours.checkpoint.path / "plan.json"
+    plan = Plan.load(file) if file.is_file() else None
+    if plan is not None and plan.vocab is not None and plan.before.params == dense.counts.params:
+        kept = from_ranges(plan.vocab)
+        if len(kept) == ours.vocab and int(kept[-1]) < dense.vocab:
+            return kept
+    raise ModelError(
+        f"which of the dense model's {dense.vocab:,} tokens are this model's {ours.vocab:,} is not known: no plan.json says it",
+        where=ours.checkpoint.path,
+        fix="compare with the model that this one was pruned from; with others by bits per byte, each on its own: --text FILE",
+    )
+
+
+def _kept_protocol(kept: int, dense: int) -> str:
+    return (
+        f" The pruned vocabulary's tokenizer makes the tokens; the dense model is given the same ones by its own ids, and its "
+        f"distribution over {dense:,} tokens is restricted to the {kept:,} that were kept and renormalised: for its perplexity, "
+        "for the divergence and for the first choice. Its bits per byte are its own: of the text in all of its tokens."
+    )
 
 
 def _given(
@@ -163,14 +212,26 @@ def _given(
 
 def _self_text(model: PreTrainedModel, subject: Subject, seq_len: int, count: int, progress: Progress) -> tuple[Windows, str]:
     progress("sampling text", 0, 1)
-    ids = sample_from_model(model, subject.tokenizer(), count, seq_len, SELF_SEED)
+    tokenizer = subject.tokenizer()
+    ids = sample_from_model(model, tokenizer, count, seq_len, SELF_SEED)
     progress("sampling text", 1, 1)
-    text = Windows(ids, torch.ones(count, dtype=torch.int64), None, count, ids.numel())
+    size = sum(len(written.encode()) for written in _as_text(ids, tokenizer))
+    text = Windows(ids, torch.ones(count, dtype=torch.int64), None, count, ids.numel(), size)
     how = (
         f"{count} windows of {seq_len} tokens that {subject.checkpoint.path.name} itself writes (ancestral sampling at "
         f"temperature 1, seed {SELF_SEED}), of which the first token is not scored: {text.tokens} tokens scored."
     )
     return text, how
+
+
+def _read_again(text: Windows, writer: Subject, reader: Subject) -> tuple[Windows, str]:
+    """What one model wrote in the tokens of another."""
+    again = windows(_as_text(text.ids, writer.tokenizer()), reader.tokenizer(), text.seq_len)
+    return again, f"Read again as text: {protocol(again)}"
+
+
+def _as_text(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
 
 
 _NO_COST: dict[str, Any] = {"prefill_tokens_per_s": None, "decode_tokens_per_s": None, "peak_memory_bytes": None}
@@ -221,22 +282,21 @@ def _forget_peak(device: str) -> None:
 
 
 def _quality(
-    base: PreTrainedModel, ours: PreTrainedModel | None, text: Windows, batch: int, device: str, progress: Progress
+    base: Logits, ours: Logits | None, text: Windows, batch: int, device: str, progress: Progress
 ) -> tuple[Quality, Quality | None]:
     """Quality of `ours` against `base`, and of `base` itself; of `base` alone where there is no other.
 
     A batch of windows at a time, so that the dense logits serve both.
     """
     parts: list[tuple[Quality, Quality | None]] = []
-    dense = logits_of(base)
     for first in range(0, len(text.ids), batch):
         part = replace(text, ids=text.ids[first : first + batch], first_scored=text.first_scored[first : first + batch])
-        logits = _last(dense)
+        logits = _last(base)
         try:
             if ours is None:
                 parts.append((measure(logits, part, batch=batch, device=device), None))
             else:
-                quality = measure(logits_of(ours), part, against=logits, batch=batch, device=device)
+                quality = measure(ours, part, against=logits, batch=batch, device=device)
                 parts.append((quality, measure(logits, part, batch=batch, device=device)))
         except ModelError as error:
             raise ModelError(error.what, where=f"windows {first} to {first + len(part.ids) - 1}", fix=error.fix) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pared.models import NATIVE
 from pared.plan import Plan
 
 _UNIFORM = """```python
@@ -21,10 +22,27 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/directory", trust_remote_code=True)
 ```
 """
+_OWN_CLASS = """Transformers has no class for this model. Load it with pared, which has one, or with the modelling file that
+lies beside the weights (read it first, it is short):
+
+```python
+import pared
+model = pared.load("path/to/this/directory")   # an ordinary PreTrainedModel
+
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory", trust_remote_code=True)
+```
+"""
+
+
+_VOCABULARY = """
+Tokens were removed too, and those that stay have new ids: use the tokenizer in this directory, not the base model's.
+"""
 
 
 def model_card(plan: Plan, base: str, *, per_layer: bool) -> str:
     """README.md of a pruned checkpoint, every number taken from the plan."""
+    load = _PER_LAYER if per_layer else _OWN_CLASS if plan.model_type in NATIVE else _UNIFORM
     before, after = plan.before, plan.after
     rows = [
         ("parameters", before.params, after.params),
@@ -38,6 +56,7 @@ def model_card(plan: Plan, base: str, *, per_layer: bool) -> str:
     how = ", ".join(
         f"{k} {recipe[k]}" for k in ("criterion", "shape", "allocate", "calibration", "samples") if recipe.get(k) is not None
     )
+    words = _VOCABULARY if plan.vocab is not None else ""
     versions = ", ".join(f"{k} {v}" for k, v in plan.provenance.get("versions", {}).items())
     return f"""---
 base_model: {base}
@@ -53,7 +72,7 @@ tags: [pruned, pared]
 | --- | --- | --- | --- |
 {table}
 
-{_PER_LAYER if per_layer else _UNIFORM}
+{load}{words}
 `plan.json` says which units were kept in each layer, `recipe.yaml` how they were chosen ({how or "by a given plan"}),
 `manifest.json` holds the hash of every file (`pared verify` checks them). Made with {versions or "pared"}.
 

@@ -21,7 +21,7 @@ from pared.errors import MissingError, ModelError, UsageError
 from pared.per_layer import PerLayer
 from pared.plan import to_ranges
 from pared.proof import proved_layout
-from pared.structure import Layout
+from pared.structure import Layout, experts_per_token
 from pared.surgery import written_as
 
 SHARES = (0.1, 0.2, 0.3, 0.5)
@@ -40,7 +40,7 @@ class Described:
 
     @property
     def experts_used(self) -> int | None:
-        return next((v for k in ("num_experts_per_tok", "moe_k") if (v := getattr(self.config, k, None))), None)
+        return experts_per_token(self.config)
 
 
 def describe(model: str | Path) -> Described:
@@ -161,7 +161,7 @@ def _axis(model: Described, axis: str, before: Account, budget: Budget) -> dict[
         "multiple_of": 1 if axis == "layer" else budget.step(axis),
     }
     if proof.holds:
-        out["config"] = _expressible(model, axis)
+        out["config"] = _expressible(model, axis, budget)
     return out
 
 
@@ -175,16 +175,19 @@ def _parameters(layout: Layout, axis: str) -> int:
     return total
 
 
-def _expressible(model: Described, axis: str) -> dict[str, str]:
+def _expressible(model: Described, axis: str, budget: Budget) -> dict[str, str]:
     """Model type -> the sizes of the axis that its own config can say. Sizes that none can say are under "per-layer".
 
     All sizes are tried of an axis with few units, "1-7"; of one with many the multiples that the family's own config takes.
     """
+    if axis in model.layout.follows:
+        leader, factor = model.layout.follows[axis]
+        return {model.layout.model_type: leader if factor == 1 else f"{factor} x {leader}"}
     units = _units(model.layout, axis)
     most = max(units) if isinstance(units, list) else units
     if axis in ("kv", "query", "expert"):
         found: dict[str, list[int]] = {}
-        for n in range(1, most):
+        for n in sorted(budget.levels(axis, most)[1:]):
             found.setdefault(_written_as(model, axis, n), []).append(n)
         return {kind: to_ranges(sizes) for kind, sizes in found.items()}
     own = model.layout.model_type

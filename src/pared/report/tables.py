@@ -35,8 +35,17 @@ def pruned(report: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> Iter
     yield table("", ("", "before", "after", "change"), rows)
     asked = "" if report.get("requested") is None else f" ({report['requested']:.2%} asked for)"
     yield f"removed {report['removed']:.2%} of {report['of']}{asked}"
+    if words := report.get("vocabulary"):
+        yield (
+            f"vocabulary: {words['before']:,} tokens before, {words['after']:,} after; {words['needed']:,} are needed "
+            f"({words['different']:,} different ones stand in {words['text']}). Tried on {words['documents_proved']:,} of its "
+            f"documents: all come back as they did, {words['documents_split_alike']:,} are split as before"
+        )
     if kept:
         yield "kept in each layer: " + ", ".join(f"{axis} {_spread(counts)}" for axis, counts in kept.items())
+    never = report.get("experts_never_routed")
+    if never and never["count"]:
+        yield f"{never['count']:,} of {never['of']:,} experts were sent no token of the calibration text"
 
 
 def kept_units(plan: Any) -> dict[str, list[int]]:
@@ -92,6 +101,7 @@ def _count(n: float) -> str:
 _ONLY_OURS = {"kl", "top1_agreement"}
 _EVALUATED = (
     ("perplexity", "perplexity", lambda v: f"{v:.4g}"),
+    ("bits_per_byte", "bits per byte", lambda v: f"{v:.4f}"),
     ("kl", "KL(dense || pruned), nats per token", lambda v: f"{v:.4f}"),
     ("top1_agreement", "same first choice", lambda v: f"{v:.1%}"),
     ("params", "parameters", _count),
