@@ -20,7 +20,15 @@ STEPS = 200
 
 def measures(recipe: Recipe, layout: Layout, axes: tuple[str, ...]) -> bool:
     """Whether sizes are chosen by the KL of trial models: those are made by second-order selection and a refit."""
-    return set(axes) <= reselected(recipe, layout) and (recipe.shape == "uniform" or recipe.allocate == "search")
+    chosen = reselected(recipe, layout)
+    return set(axes) <= chosen and tried(layout, axes) and (recipe.shape == "uniform" or recipe.allocate == "search")
+
+
+def tried(layout: Layout, axes: tuple[str, ...]) -> bool:
+    """Whether trial models of other sizes can be made: second-order selection has to be able to choose along every axis,
+    and none may be tied to the size of another."""
+    tied = layout.follows.keys() | {axis for axis, _ in layout.follows.values()}
+    return set(axes) <= _chosen_alone(layout) and not tied & set(axes)
 
 
 def judges(stream: Stream, axes: tuple[str, ...], batches: list[Batch], size: int) -> Judges:
@@ -33,9 +41,14 @@ def reselected(recipe: Recipe, layout: Layout) -> frozenset[str]:
     """Axes whose units are chosen in the walk that refits, by second-order selection on what comes in there."""
     if recipe.criterion not in ("obs", "obs-fisher") or recipe.compensate != "sequential" or recipe.iterative_steps > 1:
         return frozenset()
+    return _chosen_alone(layout)
+
+
+def _chosen_alone(layout: Layout) -> frozenset[str]:
+    """Axes whose units one consumer in each block can choose, freely."""
 
     # A layer's heads stand in the config where its arguments differ by head; that is settled before the walk.
-    axes = [a for a in AXES if not (layout.head_arguments and a in ("kv", "query"))]
+    axes = [a for a in AXES if layout.runs.get(a, 1) == 1 and not (layout.head_arguments and a in ("kv", "query"))]
 
     def one(i: int, axis: str) -> bool:
         return axis not in layout.layer_sizes[i] or not layout.holders(axis, i) or sole_consumer(layout, i, axis) is not None

@@ -23,7 +23,7 @@ from pared.checkpoint import Checkpoint, place_of
 from pared.compensate import Method, Refitted, compensate
 from pared.compose import compose
 from pared.criteria import get_criterion
-from pared.effort import GENERATIONS, STEPS, judges, measures, no_scores, reselected
+from pared.effort import GENERATIONS, STEPS, judges, measures, no_scores, reselected, tried
 from pared.errors import ModelError, UsageError
 from pared.estimate import Progress, Scores, estimate, silent
 from pared.models import NATIVE
@@ -207,7 +207,12 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
     dense = all(a in get_criterion("obs").axes_or(axes) and source.layout.parents.get(a) != "expert" for a in axes)
     quick = recipe.effort == "quick"
     compensate = recipe.compensate or ("refit" if quick and not recipe.reconstruct else "sequential")
-    searches = dense and not quick and compensate == "sequential" and recipe.criterion in (None, "obs", "obs-fisher")
+    searches = (
+        tried(source.layout, axes)
+        and not quick
+        and compensate == "sequential"
+        and recipe.criterion in (None, "obs", "obs-fisher")
+    )
     allocate = recipe.allocate or ("uniform" if recipe.shape == "uniform" or not inside else "search" if searches else "global")
     criterion = recipe.criterion
     if criterion is None:
