@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--shapes", default=",".join(BOTH))
     parser.add_argument("--methods", default="", help="a comma-separated part of the methods")
+    parser.add_argument("--noted", action="store_true", help="run nothing, write what has been noted so far")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -101,12 +102,14 @@ def main() -> None:
             settings, shapes = METHODS[name]
             if shape not in shapes:
                 continue
-            cells, seconds = [], 0.0
+            cells, seconds, runs = [], 0.0, 0
             for share in shares:
                 found: list[dict[str, tuple[float, float]]] = []
                 for seed in range(args.seeds):
                     key = [name, settings, shape, share, seed]
                     if (done := journal.get(key)) is None:
+                        if args.noted:
+                            continue
                         started = time.perf_counter()
                         try:
                             result = prune(args, settings, shape, share, seed, source)
@@ -121,14 +124,14 @@ def main() -> None:
                         journal.put(key, done)
                     seconds += done["seconds"]
                     found.append(done["scores"])
-                cells.append(" / ".join(_cell([f[t] for f in found]) for t in texts))
-            runs = max(1, len(shares) * args.seeds)
-            lines.append(f"| {name} | " + " | ".join(cells) + f" | {seconds / runs:.0f} |")
+                runs += len(found)
+                cells.append(" / ".join(_cell([f[t] for f in found], args.seeds) for t in texts))
+            lines.append(f"| {name} | " + " | ".join(cells) + f" | {seconds / max(1, runs):.0f} |")
             print(lines[-1], file=sys.stderr, flush=True)
     head = (
         f"# Quality: {Path(args.model).name}\n\n{(__doc__ or '').split(chr(10) * 2)[2].strip()}\n\n"
         f"Calibration: {Path(args.calibration).name}, {args.samples} windows of {args.seq_len} tokens; {args.seeds} seeds. "
-        f"A cell is excess loss (KL), in nats per token{', for each text in turn' if len(texts) > 1 else ''}. Texts: "
+        f"A cell is excess loss (KL), in nats per token, the number of seeds after it where it is less, — where nothing was run or the amount is out of reach{', for each text in turn' if len(texts) > 1 else ''}. Texts: "
         + "; ".join(f"{Path(t).name} (dense loss {base.nll:.3f}; {protocol(cut)})" for t, (cut, base, _) in scored.items())
         + "\n"
     )
@@ -191,11 +194,11 @@ def remembered(logits: Logits) -> Logits:
     return get
 
 
-def _cell(values: list[tuple[float, float]]) -> str:
+def _cell(values: list[tuple[float, float]], seeds: int) -> str:
     if not values:
-        return "out of reach"
+        return "—"
     excess, kl = (sum(v[i] for v in values) / len(values) for i in (0, 1))
-    return f"{excess:.3f} ({kl:.3f})"
+    return f"{excess:.3f} ({kl:.3f})" + (f" [{len(values)}]" if len(values) < seeds else "")
 
 
 if __name__ == "__main__":
