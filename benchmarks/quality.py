@@ -5,14 +5,19 @@
 MODEL is a directory; TRAIN and TEST are text (.txt) or JSON lines, or `self` for text that the model writes (other
 seeds for test than for calibration). Excess loss is log(perplexity pruned / dense). Each cell is the mean over seeds,
 which draw the calibration windows anew. Shares are of block parameters; units are not aligned.
+
+Each run is noted in RESULT.partial.jsonl as it ends; started again with the same protocol, the program goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,8 +45,10 @@ METHODS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "OBS": ({"criterion": "obs", "compensate": "none"}, BOTH),
     "Wanda-sp + refit": ({"criterion": "wanda_sp", "compensate": "refit"}, BOTH),
     "Taylor + sequential refit": ({"criterion": "taylor"}, BOTH),
+    "ShortGPT's layers": ({"criterion": "block_influence", "structures": ("layer",), "compensate": "none"}, BOTH[:1]),
+    "pared quick": ({"effort": "quick"}, BOTH),
     "pared default": ({}, BOTH),
-    "pared default + 60 steps of reconstruction": ({"reconstruct": 60}, BOTH),
+    "pared max": ({"effort": "max"}, BOTH),
 }
 
 
@@ -55,7 +62,9 @@ def main() -> None:
     parser.add_argument("--max-windows", type=int, default=0, help="score this many windows of each text; 0: all")
     parser.add_argument("--remove", default="0.2,0.3,0.5")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--shapes", default=",".join(BOTH))
     parser.add_argument("--methods", default="", help="a comma-separated part of the methods")
+    parser.add_argument("--noted", action="store_true", help="run nothing, write what has been noted so far")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -79,7 +88,11 @@ def main() -> None:
     shares = [float(r) for r in args.remove.split(",")]
     names = [n for n in METHODS if not args.methods or n in args.methods.split(",")]
     lines = []
-    for shape in BOTH:
+    journal = Journal(
+        args.out.with_suffix(".partial.jsonl"),
+        [args.model, args.calibration, texts, args.samples, args.seq_len, args.max_windows],
+    )
+    for shape in args.shapes.split(","):
         lines += [
             f"\n## {shape}\n",
             "| method | " + " | ".join(f"{r:.0%}" for r in shares) + " | seconds |",
@@ -89,33 +102,59 @@ def main() -> None:
             settings, shapes = METHODS[name]
             if shape not in shapes:
                 continue
-            cells, seconds = [], 0.0
+            cells, seconds, runs = [], 0.0, 0
             for share in shares:
-                found: dict[str, list[tuple[float, float]]] = {t: [] for t in texts}
+                found: list[dict[str, tuple[float, float]]] = []
                 for seed in range(args.seeds):
-                    started = time.perf_counter()
-                    try:
-                        result = prune(args, settings, shape, share, seed, source)
-                    except ParedError as error:
-                        print(f"{name}, {shape}, {share:.0%}: {error.what}", file=sys.stderr)
-                        break
-                    seconds += time.perf_counter() - started
-                    with inference(result), inference(dense):
-                        for text, (cut, base, reference) in scored.items():
-                            q = measure(logits_of(result), cut, against=reference)
-                            found[text].append((q.nll - base.nll, q.kl or 0.0))
-                cells.append(" / ".join(_cell(found[t]) for t in texts))
-            runs = max(1, len(shares) * args.seeds)
-            lines.append(f"| {name} | " + " | ".join(cells) + f" | {seconds / runs:.0f} |")
+                    key = [name, settings, shape, share, seed]
+                    if (done := journal.get(key)) is None:
+                        if args.noted:
+                            continue
+                        started = time.perf_counter()
+                        try:
+                            result = prune(args, settings, shape, share, seed, source)
+                        except ParedError as error:
+                            print(f"{name}, {shape}, {share:.0%}: {error.what}", file=sys.stderr)
+                            break
+                        done = {"seconds": time.perf_counter() - started, "scores": {}}
+                        with inference(result), inference(dense):
+                            for text, (cut, base, reference) in scored.items():
+                                q = measure(logits_of(result), cut, against=reference)
+                                done["scores"][text] = q.nll - base.nll, q.kl or 0.0
+                        journal.put(key, done)
+                    seconds += done["seconds"]
+                    found.append(done["scores"])
+                runs += len(found)
+                cells.append(" / ".join(_cell([f[t] for f in found], args.seeds) for t in texts))
+            lines.append(f"| {name} | " + " | ".join(cells) + f" | {seconds / max(1, runs):.0f} |")
             print(lines[-1], file=sys.stderr, flush=True)
     head = (
         f"# Quality: {Path(args.model).name}\n\n{(__doc__ or '').split(chr(10) * 2)[2].strip()}\n\n"
         f"Calibration: {Path(args.calibration).name}, {args.samples} windows of {args.seq_len} tokens; {args.seeds} seeds. "
-        f"A cell is excess loss (KL), in nats per token{', for each text in turn' if len(texts) > 1 else ''}. Texts: "
+        f"A cell is excess loss (KL), in nats per token, the number of seeds after it where it is less, — where nothing was run or the amount is out of reach{', for each text in turn' if len(texts) > 1 else ''}. Texts: "
         + "; ".join(f"{Path(t).name} (dense loss {base.nll:.3f}; {protocol(cut)})" for t, (cut, base, _) in scored.items())
         + "\n"
     )
     args.out.write_text(head + "\n".join(lines) + "\n")
+
+
+class Journal:
+    """Results by what they are of, one JSON line each, appended as they come; those of another protocol are passed over."""
+
+    def __init__(self, path: Path, protocol: list[object]) -> None:
+        self.path, self.protocol = path, protocol
+        self.lines: dict[str, dict[str, Any]] = {}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):  # a line that a kill cut short
+                entry = json.loads(line)
+                self.lines[json.dumps(entry["of"])] = entry["result"]
+
+    def get(self, key: list[object]) -> dict[str, Any] | None:
+        return self.lines.get(json.dumps([self.protocol, *key]))
+
+    def put(self, key: list[object], result: dict[str, Any]) -> None:
+        with self.path.open("a") as stream:
+            stream.write(json.dumps({"of": [self.protocol, *key], "result": result}) + "\n")
 
 
 def prune(args: argparse.Namespace, settings: dict[str, object], shape: str, share: float, seed: int, source: Source):
@@ -155,11 +194,11 @@ def remembered(logits: Logits) -> Logits:
     return get
 
 
-def _cell(values: list[tuple[float, float]]) -> str:
+def _cell(values: list[tuple[float, float]], seeds: int) -> str:
     if not values:
-        return "out of reach"
+        return "—"
     excess, kl = (sum(v[i] for v in values) / len(values) for i in (0, 1))
-    return f"{excess:.3f} ({kl:.3f})"
+    return f"{excess:.3f} ({kl:.3f})" + (f" [{len(values)}]" if len(values) < seeds else "")
 
 
 if __name__ == "__main__":

@@ -41,9 +41,16 @@ def test_a_checkpoint_and_a_live_model_give_the_same_bits(family: str, mode: str
 def test_only_consumers_change_and_none_of_them_is_cut_otherwise(family: str) -> None:
     model = tiny.model(family)
     plain = pruned(model, compensate="none", criterion="wanda_sp").model.state_dict()
-    fitted = pruned(model, compensate="sequential", criterion="wanda_sp").model.state_dict()
-    changed = {n for n in plain if not torch.equal(plain[n], fitted[n])}
-    assert changed and all(("o_proj" in n or "down_proj" in n or "c_proj" in n or "4h_to_h" in n) for n in changed)
+    back = ("o_proj", "down_proj", "c_proj", "4h_to_h", "attention.dense")
+    for mode in ("refit", "sequential"):
+        fitted = pruned(model, compensate=mode, criterion="wanda_sp").model.state_dict()
+        changed = {n for n in plain if not torch.equal(plain[n], fitted[n])}
+        # What comes before the consumers is refitted where the pruned stream differs: never before the first cut.
+        first = {n for n in changed if ".0." in n and not any(b in n for b in back)}
+        assert changed and not any("attn" in n or "attention" in n for n in first)
+        assert all("weight" in n or "bias" in n for n in changed) and not any("norm" in n or "ln_" in n for n in changed)
+        if mode == "refit":
+            assert all(any(b in n for b in back) for n in changed)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +93,9 @@ def test_a_plan_that_keeps_everything_needs_no_refit(stories: tuple[Any, Tensor,
     whole = plan.model_copy(update={"layers": [p.model_copy(update={"keep": {}}) for p in plan.layers]})
     batches = [pared.calibration.Batch(calibration[:8], None)]
     assert all(not block.tensors for block in compensate(Stream(model, source.layout), whole, batches))
+    first = plan.model_copy(update={"layers": [plan.layers[0], *whole.layers[1:]]})
+    one, *others = compensate(Stream(model, source.layout), first, batches)
+    assert one.tensors and all(not block.tensors for block in others), "layers in which nothing is cut stay as they are"
 
 
 def test_a_bias_correction_needs_a_bias() -> None:

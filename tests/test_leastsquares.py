@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
 
-from pared.leastsquares import Moments2, cholesky, elimination_costs, refit, refit_guarded
+from pared.leastsquares import Guarded, Moments2, cholesky, refit, refit_guarded
 
 
 def correlated(tokens: int, n: int, seed: int = 0) -> Tensor:
@@ -49,51 +47,6 @@ def test_keeping_everything_changes_nothing() -> None:
     assert torch.allclose(new.float(), w, atol=1e-3)
 
 
-@pytest.mark.parametrize("width", [1, 2])
-def test_the_first_cost_is_the_error_that_the_best_refit_leaves(width: int) -> None:
-    a, w = correlated(500, 8), torch.randn(4, 8, generator=torch.Generator().manual_seed(2))
-    problem = moments(a, a @ w.T).problem(centred=False)
-    blocks = torch.arange(8).reshape(-1, width)
-    costs = elimination_costs(problem.c, w, blocks, damping=1e-12, rounds=1000)
-    first = int(costs.argmin())
-    errors = []
-    for block in blocks:
-        kept = torch.tensor([i for i in range(8) if i not in block])
-        errors.append(problem.error(refit(problem, w, kept, 1e-12), kept))
-    assert first == min(range(len(errors)), key=errors.__getitem__)
-    assert float(costs[first]) == pytest.approx(errors[first], rel=1e-3)
-
-
-def test_down_dated_costs_add_up_to_the_error_of_the_whole_removal() -> None:
-    a, w = correlated(500, 8, seed=3), torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
-    problem = moments(a, a @ w.T).problem(centred=False)
-    costs = elimination_costs(problem.c, w, torch.arange(8)[:, None], damping=1e-12, rounds=1000)
-    order = costs.argsort()
-    for gone in range(1, 5):
-        kept = order[gone:].sort().values
-        whole = problem.error(refit(problem, w, kept, 1e-12), kept)
-        # Costs are made to ascend, so their sum may only be above; here they ascend of themselves.
-        assert float(costs[order[:gone]].sum()) == pytest.approx(whole, rel=2e-2)
-
-
-def test_independent_channels_go_in_the_order_that_brute_force_finds() -> None:
-    c = torch.diag(torch.tensor([1.0, 4.0, 0.5, 2.0, 3.0, 0.1]))
-    w = torch.randn(3, 6, generator=torch.Generator().manual_seed(4))
-    costs = elimination_costs(c, w, torch.arange(6)[:, None], damping=1e-12, rounds=1000)
-    alone = c.diagonal() * w.square().sum(0)
-    for gone in range(1, 5):
-        best = min(itertools.combinations(range(6), gone), key=lambda s: float(alone[list(s)].sum()))
-        assert set(costs.argsort()[:gone].tolist()) == set(best)
-
-
-def test_rounds_and_single_steps_agree_where_channels_are_independent() -> None:
-    c, w = torch.diag(torch.rand(40) + 0.1), torch.randn(5, 40)
-    blocks = torch.arange(40)[:, None]
-    assert torch.equal(
-        elimination_costs(c, w, blocks, rounds=4).argsort(), elimination_costs(c, w, blocks, rounds=1000).argsort()
-    )
-
-
 def test_the_guard_never_takes_weights_that_are_worse_on_held_out_tokens() -> None:
     w = torch.randn(4, 12, generator=torch.Generator().manual_seed(5))
     kept = torch.arange(8)
@@ -103,7 +56,8 @@ def test_the_guard_never_takes_weights_that_are_worse_on_held_out_tokens() -> No
         a, held = correlated(6, 12, seed), correlated(300, 12, seed + 100)
         noise = torch.randn(6, 4, generator=g)
         fit, check = moments(a, a @ w.T + 3 * noise), moments(held, held @ w.T)
-        new, _, damping = refit_guarded(fit, check, w, kept, centred=False)
+        parts = [m.problem(centred=False) for m in (fit, check, fit.plus(check))]
+        new, _, damping = refit_guarded(Guarded(*parts), w, kept)
         if damping is None:
             assert torch.equal(new, w.double()[:, kept])
         else:
@@ -116,3 +70,38 @@ def test_a_singular_matrix_is_lifted_and_still_solved() -> None:
     a = torch.randn(3, 6, generator=torch.Generator().manual_seed(6))
     factor = cholesky((a.T @ a).double())
     assert torch.isfinite(factor).all() and torch.allclose(factor @ factor.T, (a.T @ a).double(), atol=1e-6)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_moments_of_derived_targets_are_those_of_the_targets_themselves(biased: bool) -> None:
+    g = torch.Generator().manual_seed(9)
+    a, h, w = correlated(300, 7, 9), correlated(300, 7, 10), torch.randn(5, 7, generator=g)
+    bias = torch.randn(5, generator=g) if biased else None
+    shift = 0.0 if bias is None else bias
+    through = moments(a, h).through(w, bias)
+    direct = moments(a, h @ w.T + shift)
+    inputs = Moments2.zeros(7, 5)
+    inputs.add_inputs(a)
+    own, same = inputs.of_output(w, bias), moments(a, a @ w.T + shift)
+    for got, want in ((through, direct), (own, same)):
+        for name in ("count", "aa", "ta", "a", "t"):
+            assert torch.allclose(
+                torch.as_tensor(getattr(got, name)), torch.as_tensor(getattr(want, name)), rtol=1e-3, atol=1e-2
+            )
+    assert own.tt == pytest.approx(same.tt, rel=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_mixed_target_is_the_mixture_of_targets(alpha: float, centred: bool) -> None:
+    g = torch.Generator().manual_seed(11)
+    a, t, w = correlated(300, 6, 11), torch.randn(300, 4, generator=g), torch.randn(4, 6, generator=g)
+    bias = torch.randn(4, generator=g) if centred else None
+    local = a @ w.T + (0.0 if bias is None else bias)
+    got = moments(a, t).problem(centred=centred).mixed(w, bias, alpha)
+    want = moments(a, (1 - alpha) * local + alpha * t).problem(centred=centred)
+    kept = torch.tensor([0, 2, 5])
+    one, two = refit(got, w, kept), refit(want, w, kept)
+    assert torch.allclose(one, two, atol=1e-3)
+    assert got.error(one, kept) == pytest.approx(want.error(two, kept), rel=1e-2)
+    assert torch.allclose(got.bias(one, kept), want.bias(two, kept), atol=1e-3)

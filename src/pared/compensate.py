@@ -3,11 +3,14 @@
 Two streams of hidden states walk through the blocks side by side: x through the dense model, x' through the pruned
 one. In each block, for each consumer (o_proj, then down_proj) in the order in which they run:
 
+    h, h'  what the matrices before the consumer (q, k, v; gate, up) are multiplied with on x and on x'
+    W_in <- argmin E||W_in h - W_in' h'||^2 + ridge      their refit, where x' differs from x
     a'  the consumer's input on x', all channels still there, earlier consumers already cut and refitted
     T   the dense residual stream after this consumer: x plus the dense outputs so far
     s'  the pruned residual stream before it
     t = W a' + alpha (T - (s' + W a'))            the target: what the layer did, and a part of the drift so far
-    W' = argmin E||t - W' a'_S||^2 + ridge        exact least squares on the kept channels S
+    S   the units that stay: given, or chosen now, by elimination on E[a' a'^T] and E[t a'^T]
+    W' = argmin E||t - W' a'_S||^2 + ridge        exact least squares on the kept channels
 
 alpha = 0 is the plain refit of the layer on the pruned stream. "refit" walks one stream: every block sees dense inputs.
 """
@@ -15,237 +18,298 @@ alpha = 0 is the plain refit of the layer on the pruned stream. "refit" walks on
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from pared.axes import Selection, indices, take
+from pared.axes import Nested, indices
+from pared.blockparts import (
+    Observed,
+    bias_of,
+    consumers_of,
+    cut,
+    input_axes,
+    inputs_at,
+    matrices,
+    observe,
+    oriented,
+    rebuilt,
+    stored,
+)
 from pared.calibration import Batch
+from pared.elimination import Elimination, choose_units
 from pared.errors import UsageError
-from pared.estimate import Progress, consumers, silent
-from pared.leastsquares import Moments2, refit_guarded
-from pared.plan import Plan
+from pared.estimate import Progress, silent
+from pared.leastsquares import DAMPING, Guarded, Moments2, Problem, refit, refit_guarded
+from pared.plan import LayerPlan, Plan, kept_sizes, layer_plan
 from pared.reconstruct import reconstruct
 from pared.stream import Stream, unpadded
 from pared.structure import Layout
-from pared.surgery import rebuilt
 
 MODES = ("none", "bias", "refit", "sequential")
-ALPHA = 0.75
 # One sequence in this many tells how far the fit to the others can be trusted.
 HELD_OUT = 8
 
 
 @dataclass(frozen=True)
-class Refitted:
-    """What compensation changed in one block of the result: cut tensors by their name inside the block."""
+class Method:
+    """How what stays is refitted.
 
+    mode: one of MODES. alpha: how much of the drift a consumer is to make up for. inputs: refit what runs before the
+    consumers as well. reselect: axes, each of one consumer, whose units are chosen in the
+    walk; the plan then says how many.
+    fisher: (layer, consumer's local name) -> E[g g^T] of its output's gradient, which weighs the output's error where
+    units are chosen. steps: of block reconstruction, after the refit. fit: how many of the batches, from the first on, are
+    fitted to; None: all. guarded: held-out sequences choose the damping and can veto a refit.
+    """
+
+    mode: str = "sequential"
+    alpha: float = 0.75
+    inputs: bool = True
+    reselect: frozenset[str] = frozenset()
+    fisher: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)
+    steps: int = 0
+    seed: int = 0
+    fit: int | None = None
+    guarded: bool = True
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """One block of the result: the units that it keeps, and the tensors that are not merely cut, by their local name."""
+
+    layer: LayerPlan
     tensors: dict[str, Tensor]
     damping: dict[str, float | None]
 
 
-class _Enough(Exception):
-    """Raised inside a block's forward pass once the input that was wanted has been seen."""
-
-
 def compensate(
-    stream: Stream,
-    plan: Plan,
-    batches: Sequence[Batch],
-    *,
-    mode: str = "sequential",
-    alpha: float = ALPHA,
-    steps: int = 0,
-    seed: int = 0,
-    progress: Progress = silent,
+    stream: Stream, plan: Plan, batches: Sequence[Batch], method: Method | None = None, *, progress: Progress = silent
 ) -> Iterator[Refitted]:
-    """For each block of the result in turn, the consumers' weights refitted to the plan's kept units.
+    """For each block of the result in turn, its weights refitted to the units that it keeps.
 
-    Layers that the plan leaves out are passed over: their part of the drift goes into the
-    targets of the layers after them. steps: of block reconstruction, after the refit. Hidden channels can not be cut at the same time.
+    Layers that the plan leaves out are passed over: their part of the drift goes into the targets of the layers after
+    them. Layers in which the plan cuts nothing stay as they are. Hidden channels can not be cut at the same time.
     """
-    if steps and mode == "refit":
+    method = method or Method()
+    if method.steps and method.mode == "refit":
         raise UsageError("reconstruction needs the pruned stream", where="--compensate refit", fix="--compensate sequential")
     if plan.hidden is not None:
         raise UsageError("hidden channels and a refit can not be combined", where="--compensate", fix="--compensate none")
     batches = unpadded(batches)
     x = stream.embed(batches)
-    pruned = list(x)
+    pruned = x  # one and the same until something is cut
     place = {layer.source: i for i, layer in enumerate(plan.layers)}
     for i in range(stream.num_layers):
         with stream.block(i) as block, torch.no_grad():
-            walk = _Block(stream, plan, i, place.get(i), block, mode, alpha, steps, seed)
-            x, pruned = walk.advance(x, pruned)
+            keep = plan.selection(place[i], stream.layout) if i in place else None
+            walk = Walk(stream, i, block, keep, method)
+            dense = walk.look(x)
+            pruned = walk.follow(x, dense, pruned)
+            x = dense.after
         progress("refit", i + 1, stream.num_layers)
         if i in place:
-            yield Refitted(walk.changed, walk.damping)
+            yield Refitted(layer_plan(i, walk.keep, stream.layout.sizes_at(i)), walk.tensors(), walk.damping)
 
 
-class _Block:
-    """One block's walk: collect, refit, move both streams on."""
+class Walk:
+    """One block's walk: look at the dense stream, choose and refit, and follow with the pruned one. keep None: it goes."""
 
     def __init__(
-        self,
-        stream: Stream,
-        plan: Plan,
-        source: int,
-        place: int | None,
-        block: nn.Module,
-        mode: str,
-        alpha: float,
-        steps: int,
-        seed: int,
+        self, stream: Stream, i: int, block: nn.Module, keep: dict[str, Tensor | Nested] | None, method: Method
     ) -> None:
-        self.stream, self.i, self.block = stream, source, block
+        self.stream, self.i, self.block, self.method = stream, i, block, method
         self.layout: Layout = stream.layout
-        self.mode, self.alpha, self.place, self.steps, self.seed = mode, alpha, place, steps, seed
-        self.keep = plan.selection(place, self.layout) if place is not None else {}
-        self.sizes = self.layout.sizes_at(source)
+        self.gone, self.keep = keep is None, keep or {}
+        self.sizes = self.layout.sizes_at(i)
         self.weights = {n: p.detach() for n, p in block.named_parameters()}
-        self.changed: dict[str, Tensor] = {}
+        self.whole: dict[str, Tensor] = {}  # refitted, not yet cut
+        self.changed: dict[str, Tensor] = {}  # refitted and cut
         self.damping: dict[str, float | None] = {}
 
-    def advance(self, x: list[Tensor], pruned: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        names = consumers(self.stream, [a for a in self.keep], self.i, self.block)
-        after, outputs, order = self._dense(x, names)
-        if self.place is None:
-            return after, pruned  # a layer that goes: the pruned stream passes it by
-        additive = self._additive(x, after, outputs, order)
-        if self.mode == "refit":
+    def tensors(self) -> dict[str, Tensor]:
+        """What is not merely cut, in its final form."""
+        return {**{n: self._cut(n, t) for n, t in self.whole.items()}, **self.changed}
+
+    def look(self, x: list[Tensor]) -> Observed:
+        """The dense stream through the block, and what will be asked of it."""
+        if self.gone or not self.keep:
+            return Observed([self.stream.run(self.block, self.i, h) for h in x])
+        producers = self._producers() if self.method.mode == "sequential" and self.method.inputs else []
+        return observe(self.stream, self.block, self.i, x, self._consumers(), producers)
+
+    def follow(self, x: list[Tensor], dense: Observed, pruned: list[Tensor]) -> list[Tensor]:
+        """Choose, refit, and the pruned stream through what comes of it."""
+        run, mode, after = self.stream.run, self.method.mode, dense.after
+        if self.gone:
+            return pruned  # the pruned stream passes it by
+        if not self.keep:
+            return after if pruned is x else [run(self.block, self.i, h) for h in pruned]
+        additive = self._additive(x, dense)
+        if mode == "refit":
             pruned = x
-        targets = x
-        for stage, name in enumerate(order if self.mode != "none" else []):
+        targets, differs = x, pruned is not x
+        for stage, name in enumerate(dense.order if mode != "none" else []):
             if additive:
-                targets = [t + y for t, y in zip(targets, outputs[name], strict=True)]
-            self._refit(name, order[:stage], pruned, targets if additive else None, outputs[name])
-        if self.mode == "refit":
-            return after, after
+                targets = [t + y for t, y in zip(targets, dense.outputs[name], strict=True)]
+            if differs:
+                for group in dense.before(name):
+                    self._refit_inputs(group, dense, dense.order[:stage], pruned)
+            shrinks = bool(self._axes(name) & self.keep.keys())
+            if shrinks or (differs and mode == "sequential"):
+                self._refit(name, dense.order[:stage], pruned, targets if additive else None, dense.outputs[name])
+            differs = differs or shrinks
+        if mode == "refit":
+            return after
         moved = self._module(self.keep)
-        if self.steps:
+        if self.method.steps:
             moved = copy.deepcopy(moved)  # tensors that nothing cut are still the dense block's own
             reconstruct(
-                moved, lambda m, h: self.stream.run(m, self.i, h), pruned, after, steps=self.steps, seed=self.seed + self.i
+                moved,
+                lambda m, h: run(m, self.i, h),
+                pruned,
+                after,
+                steps=self.method.steps,
+                seed=self.method.seed + self.i,
             )
             self.changed = {n: p.detach() for n, p in moved.named_parameters()}
-        return after, [self.stream.run(moved, self.i, h) for h in pruned]
+        return [run(moved, self.i, h) for h in pruned]
 
-    # ---- the dense stream ------------------------------------------------------------------------------------------
+    # ---- what there is in the block --------------------------------------------------------------------------------
 
-    def _dense(self, x: list[Tensor], names: list[str]) -> tuple[list[Tensor], dict[str, list[Tensor]], list[str]]:
-        """Dense outputs of the block and of each consumer, and the order in which the consumers ran."""
-        outputs: dict[str, list[Tensor]] = {}
-        handles = [_owner(self.block, n).register_forward_hook(_collect(outputs.setdefault(n, []))) for n in names]
-        order: list[str] = []
-        handles += [_owner(self.block, n).register_forward_pre_hook(lambda m, a, n=n: order.append(n)) for n in names]
-        try:
-            after = [self.stream.run(self.block, self.i, h) for h in x]
-        finally:
-            for handle in handles:
-                handle.remove()
-        # MLPs beside experts see tokens of all sequences in one row.
-        rows = {n: [y.reshape(*h.shape[:2], -1) for y, h in zip(ys, x, strict=True)] for n, ys in outputs.items()}
-        return after, rows, list(dict.fromkeys(order))
+    def _full(self, name: str) -> str:
+        return f"{self.layout.prefix}.{self.i}.{name}"
 
-    def _additive(self, x: list[Tensor], after: list[Tensor], outputs: dict[str, list[Tensor]], order: list[str]) -> bool:
+    def _axes(self, name: str) -> frozenset[str]:
+        return input_axes(self.layout, self.i, name)
+
+    def _consumers(self) -> list[str]:
+        return list(consumers_of(self.layout, self.i, self.weights))
+
+    def _producers(self) -> list[str]:
+        """Matrices that read the residual stream."""
+        return [n for n in matrices(self.layout, self.i, self.weights) if self._axes(n) == {"hidden"}]
+
+    def _additive(self, x: list[Tensor], dense: Observed) -> bool:
         """Whether the block's output is its input plus the consumers' outputs: then the drift has a place in the target."""
-        total = x[0] + sum((outputs[n][0] for n in order), torch.zeros_like(x[0]))
-        return bool(order) and bool(((total - after[0]).norm() <= 1e-2 * (after[0] - x[0]).norm()).item())
+        total = x[0] + sum((dense.outputs[n][0] for n in dense.order), torch.zeros_like(x[0]))
+        return bool(dense.order) and bool(((total - dense.after[0]).norm() <= 1e-2 * (dense.after[0] - x[0]).norm()).item())
 
-    # ---- the pruned stream -----------------------------------------------------------------------------------------
+    def _bias(self, name: str) -> Tensor | None:
+        return self.weights.get(bias_of(name))
+
+    def _weight(self, name: str) -> Tensor:
+        return oriented(self.layout, self.i, name, self.weights[name])
+
+    def _stored(self, name: str, w: Tensor) -> Tensor:
+        return stored(self.layout, self._full(name), w, self.weights[name].dtype)
+
+    # ---- the refits ------------------------------------------------------------------------------------------------
+
+    def _moments(self, n: int, out: int) -> tuple[Moments2, Moments2]:
+        device = next(iter(self.weights.values())).device
+        return Moments2.zeros(n, out, device), Moments2.zeros(n, out, device)
+
+    def _refit_inputs(self, group: list[str], dense: Observed, before: list[str], pruned: list[Tensor]) -> None:
+        """Matrices that read the same input, so that on x' they give what they gave on x."""
+        module = self._module(self._done(before))
+        width = self._weight(group[0]).shape[1]
+        fit, held = self._moments(width, width)
+        seen = 0
+        for h, hidden in list(zip(dense.inputs[group[0]], pruned, strict=True))[: self.method.fit]:
+            now, _ = inputs_at(self.stream, module, self.i, group[0], [], hidden)
+            seen = _split(fit, held, now, h, seen)
+        dense.inputs[group[0]].clear()  # as large as the stream itself, and not needed again
+        held = held if held.count else fit
+        for name in group:
+            w, bias = self._weight(name), self._bias(name)
+            parts = (m.through(w, bias).problem(centred=bias is not None) for m in (fit, held, fit.plus(held)))
+            new, shift, self.damping[name] = refit_guarded(Guarded(*parts), w, torch.arange(width))
+            self.whole[name] = self._stored(name, new)
+            if bias is not None:
+                self.whole[bias_of(name)] = shift.to(bias)
 
     def _refit(
         self, name: str, before: list[str], pruned: list[Tensor], targets: list[Tensor] | None, outputs: list[Tensor]
     ) -> None:
-        full = f"{self.layout.prefix}.{self.i}.{name}"
-        dim = self.layout.consumers[full]
-        w = self.weights[name] if dim == 1 else self.weights[name].T
-        bias_name = name.rpartition(".")[0] + ".bias"
-        bias = self.weights.get(bias_name)
-        axes = self.layout.tensors[full].axes
-        done = {a for n in before for a in self.layout.tensors[f"{self.layout.prefix}.{self.i}.{n}"].axes}
-        module = self._module({a: k for a, k in self.keep.items() if a in done and a not in axes})
-        device = pruned[0].device
-        fit, held = (Moments2.zeros(w.shape[1], w.shape[0], device) for _ in range(2))
+        w, bias = self._weight(name), self._bias(name)
+        module = self._module(self._done(before))
+        fit, held = self._moments(w.shape[1], w.shape[0])
         seen = 0
-        for b, hidden in enumerate(pruned):
-            a, residual = self._inputs(module, name, before, hidden)
-            local = a @ w.T if bias is None else a @ w.T + bias
-            if targets is not None and self.mode == "sequential":
-                t = local + self.alpha * (targets[b] - (residual + local))
-            elif self.mode == "sequential":
-                t = local + self.alpha * (outputs[b] - local)
-            else:
-                t = local
-            for row in range(a.shape[0]):
-                (held if seen % HELD_OUT == HELD_OUT - 1 else fit).add(a[row], t[row])
-                seen += 1
-        kept = self._kept_columns(full, dim)
-        if self.mode == "bias":
+        for b, hidden in enumerate(pruned[: self.method.fit]):
+            a, residual = inputs_at(self.stream, module, self.i, name, before, hidden)
+            seen = _split(fit, held, a, outputs[b] if targets is None else targets[b] - residual, seen)
+        alpha = self.method.alpha if self.method.mode == "sequential" else 0.0
+
+        def problem(moments: Moments2) -> Problem:
+            return moments.problem(centred=bias is not None).mixed(w, bias, alpha)
+
+        whole = problem(fit.plus(held))
+        self._choose(name, whole, w)
+        kept = self._kept_columns(name)
+        if self.method.mode == "bias":
             if bias is None:
                 raise UsageError(
                     f"{name} has no bias to put the correction in",
                     where="--compensate bias",
                     fix="--compensate refit or sequential",
                 )
-            problem = fit.plus(held).problem(centred=True)
-            new = w.double()[:, kept]
-            self.changed[bias_name] = problem.bias(new, kept).to(bias)
+            self.changed[bias_of(name)] = whole.bias(w.double()[:, kept], kept).to(bias)
             return
-        if held.count == 0:
-            held = fit
-        new, shift, self.damping[name] = refit_guarded(fit, held, w, kept, centred=bias is not None)
-        self.changed[name] = (new if dim == 1 else new.T).to(w.dtype).contiguous()
+        if self.method.guarded:
+            parts = Guarded(problem(fit), problem(held if held.count else fit), whole)
+            new, shift, self.damping[name] = refit_guarded(parts, w, kept)
+        else:
+            new, self.damping[name] = refit(whole, w, kept, DAMPING), DAMPING
+            shift = whole.bias(new, kept)
+        self.changed[name] = self._stored(name, new)
         if bias is not None:
-            self.changed[bias_name] = shift.to(bias)
+            self.changed[bias_of(name)] = shift.to(bias)
 
-    def _inputs(self, module: nn.Module, name: str, before: list[str], hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The consumer's input [b, s, n] and the residual stream that enters its sum [b, s, hidden]."""
-        seen: list[Tensor] = []
-        outputs: dict[str, list[Tensor]] = {}
+    def _choose(self, name: str, problem: Problem, w: Tensor) -> None:
+        """Choose anew which units of this consumer stay, as many as before."""
+        axes = self._axes(name) & self.keep.keys() & self.method.reselect
+        if not axes:
+            return
+        best = refit(problem, w, torch.arange(w.shape[1]), DAMPING)
+        fisher = self.method.fisher.get((self.i, name))
+        if fisher is not None:
+            # E||g^T dy||^2 is the error of the output weighted by G = E[g g^T]; any factor of G will do.
+            values, vectors = torch.linalg.eigh(fisher.double())
+            best = (values.clamp(min=0).sqrt()[:, None] * vectors.T) @ best
+        full = self._full(name)
+        node = self.layout.tensors[full].dims[self.layout.consumers[full]]
+        wanted = {a: n for a, n in kept_sizes(self.keep).items() if a in axes}
+        self.keep.update(choose_units(Elimination(problem.c, best), node, self.sizes, self.layout.parents, wanted))
 
-        def stop(m: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.append(args[0])
-            raise _Enough
-
-        handles = [_owner(module, n).register_forward_hook(_collect(outputs.setdefault(n, []))) for n in before]
-        handles.append(_owner(module, name).register_forward_pre_hook(stop))
-        try:
-            self.stream.run(module, self.i, hidden)
-        except _Enough:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        residual = hidden
-        for n in before:
-            residual = residual + outputs[n][0].reshape(hidden.shape)
-        return seen[0].reshape(*hidden.shape[:2], -1), residual
-
-    def _kept_columns(self, full: str, dim: int) -> Tensor:
+    def _kept_columns(self, name: str) -> Tensor:
+        full = self._full(name)
+        dim = self.layout.consumers[full]
         kept = indices(self.layout.tensors[full].dims[dim], self.sizes, self.keep, self.layout.shapes[full][dim])
         return torch.arange(self.layout.shapes[full][dim]) if kept is None else kept
 
-    def _module(self, keep: Selection) -> nn.Module:
+    # ---- modules ---------------------------------------------------------------------------------------------------
+
+    def _done(self, before: list[str]) -> dict[str, Tensor | Nested]:
+        """The selection along the consumers that are cut already."""
+        done = frozenset().union(*(self._axes(n) for n in before))
+        return {a: k for a, k in self.keep.items() if a in done}
+
+    def _cut(self, name: str, tensor: Tensor) -> Tensor:
+        return cut(self.layout, self.i, name, tensor, self.keep)
+
+    def _module(self, keep: dict[str, Tensor | Nested]) -> nn.Module:
         """The block with only `keep` applied, refitted tensors where there are some."""
-        if not keep and not self.changed:
+        if not keep and not self.changed and not self.whole:
             return self.block
-        tensors = {}
-        for name, tensor in self.block.state_dict().items():
-            signature = self.layout.tensors[f"{self.layout.prefix}.{self.i}.{name}"]
-            value = self.changed.get(name)
-            tensors[name] = take(tensor, signature, self.sizes, keep) if value is None else value
-        return rebuilt(self.block, self.stream.model, self.layout, self.i, keep, tensors)
+        return rebuilt(self.stream, self.block, self.i, keep, self.whole, self.changed)
 
 
-def _owner(block: nn.Module, name: str) -> nn.Module:
-    return block.get_submodule(name.rpartition(".")[0])
-
-
-def _collect(into: list[Tensor]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        into.append(output)
-
-    return hook
+def _split(fit: Moments2, held: Moments2, a: Tensor, t: Tensor, seen: int) -> int:
+    """Add rows [b, s, n] and [b, s, out], every HELD_OUT-th to `held`. Returns how many have been seen."""
+    for row in range(a.shape[0]):
+        (held if seen % HELD_OUT == HELD_OUT - 1 else fit).add(a[row], t[row])
+        seen += 1
+    return seen

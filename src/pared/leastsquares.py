@@ -1,4 +1,4 @@
-"""Least squares on a layer's inputs: the exact refit of what stays, and the order in which units can go.
+"""Least squares on a layer's inputs: the exact refit of what stays.
 
 A consumer layer is y = W a (+ b), W [out, n]. Over calibration tokens C = E[a a^T], X = E[t a^T] for a target t
 (t = W a for a plain refit). Everything is solved in float64 with Cholesky factors.
@@ -53,6 +53,33 @@ class Moments2:
             self.tt + other.tt,
         )
 
+    def add_inputs(self, a: Tensor) -> None:
+        """Tokens whose target is not known yet: `of_output` fills it in."""
+        a = a.float()
+        self.count += a.shape[0]
+        self.aa.addmm_(a.T, a)
+        self.a += a.sum(0)
+
+    def of_output(self, w: Tensor, bias: Tensor | None = None) -> Moments2:
+        """The same inputs with the layer's own output as the target: w a (+ bias)."""
+        w = w.float()
+        t = w @ self.a
+        power = float(((w @ self.aa) * w).sum(dtype=torch.float64))
+        if bias is not None:
+            bias = bias.float()
+            power += float(2 * (t @ bias) + self.count * (bias @ bias))
+            t = t + self.count * bias
+        ta = w @ self.aa if bias is None else w @ self.aa + torch.outer(bias, self.a)
+        return Moments2(self.count, self.aa, ta, self.a, t, power)
+
+    def through(self, w: Tensor, bias: Tensor | None = None) -> Moments2:
+        """The same inputs with the targets w t (+ bias), w [more, out]; E||t||^2, which no refit changes, counts as 0."""
+        w = w.float()
+        ta, t = w @ self.ta, w @ self.t
+        if bias is not None:
+            ta, t = ta + torch.outer(bias.float(), self.a), t + self.count * bias.float()
+        return Moments2(self.count, self.aa, ta, self.a, t, 0.0)
+
     def problem(self, *, centred: bool) -> Problem:
         """The normal equations, in float64. centred: with a bias to fit as well."""
         n = max(self.count, 1.0)
@@ -86,6 +113,22 @@ class Problem:
     def bias(self, w: Tensor, kept: Tensor) -> Tensor:
         return self.mean_t - w @ self.mean_a[kept]
 
+    def mixed(self, w: Tensor, bias: Tensor | None, alpha: float) -> Problem:
+        """The problem with the target (1 - alpha) (w a + bias) + alpha t: what the layer does now, and a part of t."""
+        if alpha == 1.0:
+            return self
+        w = w.double()
+        own = w @ self.c
+        power = (1 - alpha) ** 2 * float((own * w).sum()) + 2 * alpha * (1 - alpha) * float((w * self.x).sum())
+        mean = w @ self.mean_a if bias is None else w @ self.mean_a + bias.double()
+        return Problem(
+            self.c,
+            (1 - alpha) * own + alpha * self.x,
+            self.mean_a,
+            (1 - alpha) * mean + alpha * self.mean_t,
+            power + alpha**2 * self.power,
+        )
+
 
 def ridge(c: Tensor, damping: float) -> Tensor:
     """The multiple of the identity that damping stands for, for every channel: damping * mean diagonal."""
@@ -118,78 +161,29 @@ def refit(problem: Problem, w: Tensor, kept: Tensor, damping: float = DAMPING) -
     return torch.cholesky_solve(right.T, cholesky(left)).T
 
 
+@dataclass(frozen=True)
+class Guarded:
+    """The same problem on two parts of the tokens, one to fit and one to judge by, and on all of them."""
+
+    fit: Problem
+    held: Problem
+    whole: Problem
+
+
 def refit_guarded(
-    fit: Moments2,
-    held: Moments2,
-    w: Tensor,
-    kept: Tensor,
-    *,
-    centred: bool,
-    dampings: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0),
+    problems: Guarded, w: Tensor, kept: Tensor, *, dampings: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
 ) -> tuple[Tensor, Tensor, float | None]:
     """The refit whose damping held-out tokens choose; the original weights where no refit does better on them.
 
-    Returns (weights [out, kept], bias [out], damping or None where the weights were left alone). The chosen refit is
-    solved once more on all tokens.
+    The chosen refit is solved once more on all tokens. Returns (weights [out, kept], bias [out], damping or None where
+    the weights were left alone).
     """
+    held, whole = problems.held, problems.whole
     original = w.double()[:, kept]
-    problem, check = fit.problem(centred=centred), held.problem(centred=centred)
-    best, chosen = check.error(original, kept), None
+    best, chosen = held.error(original, kept), None
     for damping in dampings:
-        error = check.error(refit(problem, w, kept, damping), kept)
+        error = held.error(refit(problems.fit, w, kept, damping), kept)
         if error < best:
             best, chosen = error, damping
-    whole = fit.plus(held).problem(centred=centred)
     new = original if chosen is None else refit(whole, w, kept, chosen)
     return new, whole.bias(new, kept), chosen
-
-
-def elimination_costs(c: Tensor, w: Tensor, blocks: Tensor, *, damping: float = DAMPING, rounds: int = 24) -> Tensor:
-    """The order in which blocks of columns go, as in Optimal Brain Surgeon: each unit's cost when its turn comes.
-
-    c: C [n, n]; w: W [out, n], weighted by whatever the output error is weighted by. blocks: int64 [units, columns].
-    Cost of a block M: tr(V_M (H_MM)^-1 V_M^T), H = (C + ridge)^-1; after each round V and H are down-dated so that
-    later costs count on the refit of everything that stays. Units of one column go many in a round, blocks one by one.
-    Source: Hassibi & Stork 1992; blocks as in ZipLM (arXiv:2302.04089). Returns float64 [units], ascending in the
-    order of going; the last to stay are the largest.
-    """
-    units, width = blocks.shape
-    n = len(c)
-    h = torch.cholesky_inverse(
-        cholesky(c.double() + ridge(c.double(), damping) * torch.eye(n, dtype=torch.float64, device=c.device))
-    )
-    v = w.double().clone()
-    cost = torch.full((units,), float("inf"), dtype=torch.float64)
-    alive = torch.arange(units)
-    blocks = blocks.clone()
-    floor = 0.0
-    per_round = max(1, -(-units // rounds)) if width == 1 else 1
-    while len(alive):
-        now = _block_costs(h, v, blocks)
-        order = now.argsort(stable=True)[: min(per_round, len(alive))]
-        for k in order.tolist():
-            floor = max(floor, float(now[k]))
-            cost[alive[k]] = floor
-        gone = blocks[order].reshape(-1)
-        stay = torch.ones(len(h), dtype=torch.bool)
-        stay[gone] = False
-        if not stay.any():
-            break
-        gain = torch.cholesky_solve(h[gone][:, stay], cholesky(h[gone][:, gone]))
-        v = v[:, stay] - v[:, gone] @ gain
-        h = h[stay][:, stay] - h[stay][:, gone] @ gain
-        new_index = torch.cumsum(stay, 0) - 1
-        left = torch.ones(len(alive), dtype=torch.bool)
-        left[order] = False
-        alive, blocks = alive[left], new_index[blocks[left]]
-    return cost
-
-
-def _block_costs(h: Tensor, v: Tensor, blocks: Tensor) -> Tensor:
-    """tr(V_M (H_MM)^-1 V_M^T) for every block: [units]."""
-    if blocks.shape[1] == 1:
-        at = blocks[:, 0]
-        return v[:, at].square().sum(0) / h.diagonal()[at].clamp(min=1e-300)
-    part = torch.stack([h[b][:, b] for b in blocks])
-    vm = v[:, blocks].permute(1, 2, 0)  # [units, columns, out]
-    return (vm * torch.linalg.solve(part, vm)).sum((1, 2))

@@ -113,6 +113,10 @@ class Plan(BaseModel):
                     out[axis] = _nested(axis, [from_ranges(row) for row in kept], layout)
         return out
 
+    def with_layer(self, i: int, layer: LayerPlan) -> Plan:
+        """The plan with other units kept in the result's layer i, as many as before."""
+        return self.model_copy(update={"layers": [*self.layers[:i], layer, *self.layers[i + 1 :]]})
+
     def numbering(self, layout: Layout) -> Numbering | None:
         """Old token ids to new ones; None where the vocabulary is kept whole."""
         return None if self.vocab is None else Numbering(from_ranges(self.vocab).tolist(), layout.sizes["vocab"])

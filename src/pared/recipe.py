@@ -31,6 +31,10 @@ class Recipe(BaseModel):
     structures: tuple[Structure, ...] | None = Field(
         default=None, description="what may be removed; by default heads and FFN channels, of experts channels"
     )
+    effort: Literal["quick", "default", "max"] = Field(
+        default="default",
+        description="quick: refit on dense inputs; default: the best closed form; max: a longer search and reconstruction too",
+    )
     keep_tokens_from: str | None = Field(
         default=None, description="for vocab: .txt, .jsonl or hub data set whose tokens are kept"
     )
@@ -42,13 +46,19 @@ class Recipe(BaseModel):
         default="sum", description="how the parts of a structure in several tensors become one score"
     )
     shape: Literal["uniform", "per-layer"] = Field(default="uniform", description="equal sizes in all layers, or each its own")
-    allocate: Literal["uniform", "global"] | None = Field(
-        default=None, description="by default uniform, and global for per-layer shapes"
+    allocate: Literal["uniform", "global", "search"] | None = Field(
+        default=None, description="by default uniform; for per-layer shapes search, and global where effort is quick"
     )
-    compensate: Literal["none", "bias", "refit", "sequential"] = Field(
-        default="sequential", description="how what stays is refitted to make up for what went"
+    search_steps: int | None = Field(default=None, ge=1, description="generations of a search; by default by effort")
+    search_minutes: float | None = Field(
+        default=None, gt=0, description="end a search after this time as well; its result then depends on the machine"
     )
-    reconstruct: int = Field(default=0, ge=0, description="steps of gradient descent on each block after its refit")
+    compensate: Literal["none", "bias", "refit", "sequential"] | None = Field(
+        default=None, description="how what stays is refitted to make up for what went; by default by effort"
+    )
+    reconstruct: int | None = Field(
+        default=None, ge=0, description="steps of gradient descent on each block after its refit; by default by effort"
+    )
     align: int | None = Field(
         default=None, ge=1, description="kept channels are a multiple of this; by default a fine power of two"
     )

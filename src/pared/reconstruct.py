@@ -1,11 +1,14 @@
 """Block reconstruction: after a block is cut and refitted, gradient descent on its own weights towards the dense block.
 
 The loss is the distance of the pruned stream's next hidden state to the dense stream's, so what earlier blocks lost is
-repaired as far as this block can. One block is resident; nothing is differentiated but it.
+repaired as far as this block can. It is taken relative to each token's own size, as everything that reads the stream
+normalises it first; without that, a few tokens of great size would be all that counts. One block is resident; nothing is
+differentiated but it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -29,7 +32,8 @@ def reconstruct(
     """Train `block` in place so that run(block, inputs[b]) comes near targets[b], each [rows, s, hidden].
 
     Every `held_out`-th batch is kept aside: the weights that do best on it stay, and those are the ones the block came
-    with if no step helped. Returns the held-out error before and after, relative to the targets' mean square.
+    with if no step helped. Returns the held-out error before and after: the
+    mean over tokens of the squared distance relative to the target's mean square.
     """
     aside = [b for b in range(len(inputs)) if b % held_out == held_out - 1] or [len(inputs) - 1]
     used = [b for b in range(len(inputs)) if b not in aside] or aside
@@ -39,22 +43,25 @@ def reconstruct(
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
 
+    def loss_on(b: int) -> Tensor:
+        wrong = (run(block, inputs[b]) - targets[b]).float().square().mean(-1)
+        return (wrong / targets[b].float().square().mean(-1).clamp(min=1e-12)).mean()
+
     def error() -> float:
         with torch.no_grad():
-            wrong = sum(float((run(block, inputs[b]) - targets[b]).float().square().sum()) for b in aside)
-            return wrong / sum(float(targets[b].float().square().sum()) for b in aside)
+            return sum(float(loss_on(b)) for b in aside) / len(aside)
 
     before = best = error()
     kept = [p.detach().clone() for p in parameters]
     for p in parameters:
         p.requires_grad_(True)
+    order: list[int] = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * (1 - step / steps)
-        b = used[int(torch.randint(len(used), (1,), generator=generator))]
+            group["lr"] = group["rate"] * (1 + math.cos(math.pi * step / steps)) / 2
+        order = order or torch.randperm(len(used), generator=generator).tolist()
         with torch.enable_grad():
-            loss = (run(block, inputs[b]) - targets[b]).float().square().mean()
-            loss.backward()
+            loss_on(used[order.pop()]).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % max(1, steps // CHECKS) == 0 or step == steps - 1:

@@ -16,13 +16,14 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from pared import modeling
 from pared.budget import Amount, Budget
-from pared.budget.select import check_amount, make_plan, recount
+from pared.budget.select import Effort, check_amount, make_plan, recount
 from pared.budget.uniform import allocate_uniform
 from pared.calibration import Calibration, load_calibration, sample_from_model
 from pared.checkpoint import Checkpoint, place_of
-from pared.compensate import Refitted, compensate
+from pared.compensate import Method, Refitted, compensate
 from pared.compose import compose
 from pared.criteria import get_criterion
+from pared.effort import GENERATIONS, STEPS, judges, measures, no_scores, reselected, tried
 from pared.errors import ModelError, UsageError
 from pared.estimate import Progress, Scores, estimate, silent
 from pared.models import NATIVE
@@ -43,7 +44,16 @@ from pared.retokenize import (
 )
 from pared.stream import Stream
 from pared.structure import Layout, experts_per_token
-from pared.surgery import cut_block, cut_model, cut_outside, embedding_scale, keep_scale, target_config, written_as
+from pared.surgery import (
+    cut_block,
+    cut_model,
+    cut_outside,
+    cut_refitted,
+    embedding_scale,
+    keep_scale,
+    target_config,
+    written_as,
+)
 from pared.writer import CheckpointWriter
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -196,21 +206,41 @@ def scored_axes(layout: Layout, recipe: Recipe) -> tuple[str, ...]:
 def resolve(recipe: Recipe, source: Source) -> Recipe:
     """The recipe with everything that it left open decided.
 
-    Second-order selection where every structure is a dense layer's own; weighted by gradients where layers compete.
-    Elsewhere (experts' channels, hidden channels, layers) first-order Taylor scores all kinds alike.
+    Second-order selection where every structure is a dense layer's own; weighted by gradients where layers compete by
+    score. Elsewhere (experts' channels, hidden channels, layers) first-order Taylor scores all kinds alike.
     """
     axes = scored_axes(source.layout, recipe)
     if not axes:
         return recipe
     inside = not {"layer", "hidden"} & set(axes)
-    allocate = recipe.allocate or ("global" if recipe.shape == "per-layer" and inside else "uniform")
+    dense = all(a in get_criterion("obs").axes_or(axes) and source.layout.parents.get(a) != "expert" for a in axes)
+    quick = recipe.effort == "quick"
+    compensate = recipe.compensate or ("refit" if quick and not recipe.reconstruct else "sequential")
+    searches = (
+        tried(source.layout, axes)
+        and not quick
+        and compensate == "sequential"
+        and recipe.criterion in (None, "obs", "obs-fisher")
+    )
+    allocate = recipe.allocate or ("uniform" if recipe.shape == "uniform" or not inside else "search" if searches else "global")
     criterion = recipe.criterion
     if criterion is None:
-        dense = all(a in get_criterion("obs").axes_or(axes) and source.layout.parents.get(a) != "expert" for a in axes)
-        criterion = "taylor" if not dense else "obs-fisher" if allocate == "global" else "obs"
+        criterion = "taylor" if not dense else "obs-fisher" if allocate in ("global", "search") else "obs"
+    reconstruct = recipe.reconstruct
+    if reconstruct is None:
+        reconstruct = STEPS if recipe.effort == "max" and compensate == "sequential" else 0
+    generations = recipe.search_steps or GENERATIONS[recipe.effort]
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     seq_len = recipe.seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
-    return make_recipe(recipe.model_dump(), allocate=allocate, criterion=criterion, seq_len=seq_len)
+    return make_recipe(
+        recipe.model_dump(),
+        allocate=allocate,
+        criterion=criterion,
+        compensate=compensate,
+        reconstruct=reconstruct,
+        search_steps=generations if allocate == "search" else recipe.search_steps,
+        seq_len=seq_len,
+    )
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype | None:
@@ -269,19 +299,30 @@ def plan_pruning(
         stream = Stream(now.runnable, now.layout, dtype=compute_dtype(recipe), device=recipe.device)
         budget = _budget(now, recipe, axes, share)
         budget.vocab = whole.vocab
-        going = now.layout.num_layers - allocate_uniform(budget).layers if "layer" in axes else 0
-        scores = estimate(
-            stream,
-            criterion,
-            axes,
-            batches,
-            reduction=recipe.reduction,
-            seed=recipe.seed,
-            layers_to_remove=going + 1,
-            progress=progress,
-        )
+        measured = measures(recipe, now.layout, axes)
+        if measured and not criterion.comparable and set(axes) <= reselected(recipe, now.layout):
+            scores = no_scores(now.layout, axes)  # sizes are measured, and units chosen in the walk that refits
+        else:
+            going = now.layout.num_layers - allocate_uniform(budget).layers if "layer" in axes else 0
+            scores = estimate(
+                stream,
+                criterion,
+                axes,
+                batches,
+                reduction=recipe.reduction,
+                seed=recipe.seed,
+                layers_to_remove=going + 1,
+                progress=progress,
+            )
         return make_plan(
-            budget, scores, shape=recipe.shape, allocate=recipe.allocate or "uniform", provenance=provenance
+            budget,
+            scores,
+            shape=recipe.shape,
+            allocate=recipe.allocate or "uniform",
+            judges=judges(stream, axes, batches, recipe.batch) if measured else None,
+            effort=Effort(recipe.search_steps or GENERATIONS[recipe.effort], recipe.search_minutes, recipe.seed),
+            provenance=provenance,
+            progress=progress,
         ), scores
 
     if recipe.iterative_steps == 1:
@@ -308,7 +349,7 @@ def plan_pruning(
 
 
 def _compensates(recipe: Recipe) -> bool:
-    return recipe.compensate != "none" or recipe.reconstruct > 0
+    return recipe.compensate != "none" or bool(recipe.reconstruct)
 
 
 def refit_blocks(
@@ -319,9 +360,20 @@ def refit_blocks(
         return None
     stream = Stream(source.runnable, source.layout, dtype=compute_dtype(recipe), device=recipe.device)
     batches = (calibration or calibrate(source, recipe)).batches(recipe.batch)
-    return compensate(
-        stream, plan, batches, mode=recipe.compensate, steps=recipe.reconstruct, seed=recipe.seed, progress=progress
+    method = Method(
+        mode=recipe.compensate or "sequential",
+        reselect=reselected(recipe, source.layout),
+        steps=recipe.reconstruct or 0,
+        seed=recipe.seed,
     )
+    return compensate(stream, plan, batches, method, progress=progress)
+
+
+def chosen_again(plan: Plan, refitted: Iterator[Refitted] | None) -> Plan:
+    """The plan with the units that the walk chose; what it refitted is let go."""
+    for i, done in enumerate(refitted or ()):
+        plan = plan.with_layer(i, done.layer)
+    return plan
 
 
 def _budget(source: Source, recipe: Recipe, axes: tuple[str, ...], share: float) -> Budget:
@@ -355,11 +407,11 @@ def write_pruned(
     recipe: Recipe | None = None,
     refitted: Iterator[Refitted] | None = None,
     vocabulary: Retokenized | None = None,
-) -> Path:
-    """Cut the source as a plan says, one block at a time, into a checkpoint. Returns where it lies.
+) -> tuple[Path, Plan]:
+    """Cut the source as a plan says, one block at a time, into a checkpoint. Returns where it lies and the final plan.
 
-    refitted: for each block of the result in turn, tensors that take the place of those that are merely cut.
-    vocabulary: the tokenizer's files, where the plan has a vocabulary.
+    refitted: for each block of the result in turn, the units that it keeps, and tensors that take the place of those
+    that are merely cut. vocabulary: the tokenizer's files, where the plan has a vocabulary.
     """
     layout = source.layout
     plan.check(layout)
@@ -387,8 +439,11 @@ def write_pruned(
     outside = [n for n in layout.tensors if layout.layer_of(n) is None]
     write(outside, lambda read: keep_scale(result, layout, scale, cut_outside(layout, plan, read)))
     for i, layer in enumerate(plan.layers):
-        changed = next(refitted).tensors if refitted is not None else {}
-        write(layout.block_tensors(layer.source), lambda read, i=i, c=changed: cut_block(layout, plan, i, read, c))  # type: ignore[misc]
+        done = next(refitted) if refitted is not None else None
+        if done is not None:
+            plan = plan.with_layer(i, done.layer)
+        changed = done.tensors if done is not None else {}
+        write(layout.block_tensors(layer.source), lambda read, i=i, p=plan, c=changed: cut_block(layout, p, i, read, c))  # type: ignore[misc]
     writer.add_file("config.json", modeling.config_json(target, per_layer, auto_map(type(target), type(result))))
     if per_layer:
         writer.add_file(FILE, modelling_file(type(target), type(result)))
@@ -405,7 +460,7 @@ def write_pruned(
     if recipe is not None:
         writer.add_file("recipe.yaml", recipe.to_yaml())
     writer.add_file("README.md", model_card(plan, source.name, per_layer=bool(per_layer)))
-    return writer.commit()
+    return writer.commit(), plan
 
 
 def apply_plan(model: str | Path, plan: Plan, out: str | Path, *, overwrite: bool = False) -> Path:
@@ -420,7 +475,7 @@ def apply_plan(model: str | Path, plan: Plan, out: str | Path, *, overwrite: boo
         if source.checkpoint is not None and recorded != source.checkpoint.digest():
             plan = plan.model_copy(update={"provenance": {**plan.provenance, "applied_to": source.name}})
         vocabulary = retokenize_as_planned(source.words(), plan) if plan.vocab else None
-        return write_pruned(source, recount_for(source, plan), writer, vocabulary=vocabulary)
+        return write_pruned(source, recount_for(source, plan), writer, vocabulary=vocabulary)[0]
 
 
 def recount_for(source: Source, plan: Plan) -> Plan:
@@ -494,10 +549,14 @@ def prune(
         if scores.visits:
             report["experts_never_routed"] = scores.never_visited()
         result: PreTrainedModel | None = None
-        refitted = refit_blocks(source, plan, recipe, text, progress) if not dry_run else None
+        chooses = bool(reselected(recipe, source.layout))
+        refitted = refit_blocks(source, plan, recipe, text, progress) if chooses or not dry_run else None
         if writer is not None:
-            report["out"] = str(write_pruned(source, plan, writer, recipe, refitted, vocabulary))
+            where, plan = write_pruned(source, plan, writer, recipe, refitted, vocabulary)
+            report["out"] = str(where)
         elif not dry_run:
-            result = cut_model(source.resident(), source.layout, plan, refitted)
+            result, plan = cut_refitted(source.resident(), source.layout, plan, refitted)
+        elif chooses:
+            plan = chosen_again(plan, refitted)
     report["seconds"] = round(time.perf_counter() - started, 2)
     return Pruned(result, plan, report, scores, vocabulary.tokenizer if vocabulary else source.tokenizer)

@@ -215,16 +215,25 @@ def _norm_offset(norm: nn.Module) -> float:
         return 0.0 if bool((probe(torch.ones(1, p.numel())) == 0).all()) else 1.0
 
 
-def cut_model(model: PreTrainedModel, layout: Layout, plan: Plan, refitted: Iterator[Any] | None = None) -> PreTrainedModel:
-    """The pruned model, made in memory; the given one is left as it is. refitted: as in run.write_pruned."""
+def cut_model(model: PreTrainedModel, layout: Layout, plan: Plan) -> PreTrainedModel:
+    """The pruned model, made in memory; the given one is left as it is."""
+    return cut_refitted(model, layout, plan, None)[0]
+
+
+def cut_refitted(
+    model: PreTrainedModel, layout: Layout, plan: Plan, refitted: Iterator[Any] | None
+) -> tuple[PreTrainedModel, Plan]:
+    """The same with blocks that were refitted, and the plan with the units that they kept. refitted: as in run.write_pruned."""
     plan.check(layout)
     state = model.state_dict()
     cut = cut_outside(layout, plan, state.__getitem__)
     for i in range(len(plan.layers)):
-        changed = next(refitted).tensors if refitted is not None else None
-        cut.update(cut_block(layout, plan, i, state.__getitem__, changed))
+        done = next(refitted) if refitted is not None else None
+        if done is not None:
+            plan = plan.with_layer(i, done.layer)
+        cut.update(cut_block(layout, plan, i, state.__getitem__, done.tensors if done is not None else None))
     config, _ = modeling.make_config(model.config.to_dict())
-    return assemble(config, layout, plan, cut, generation_config=model.generation_config)
+    return assemble(config, layout, plan, cut, generation_config=model.generation_config), plan
 
 
 def assemble(

@@ -13,7 +13,16 @@ from pared.report.tables import census_shares
 
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "census.json").read_text())
 # Their reference code for linear attention or state spaces runs token by token: half a minute each.
-SLOW = {"bailing_hybrid", "falcon_h1", "kimi_linear", "inkling2_loop_text", "zamba", "zamba2", "deepseek_v32", "dots3_note_text"}
+SLOW = {
+    "bailing_hybrid",
+    "falcon_h1",
+    "kimi_linear",
+    "inkling2_loop_text",
+    "zamba",
+    "zamba2",
+    "deepseek_v32",
+    "dots3_note_text",
+}
 INSIDE = [t for t, e in RECORDED.items() if not e["outside"] and e["proved"]]
 
 

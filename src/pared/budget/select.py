@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,20 +12,31 @@ from torch import Tensor
 from pared.axes import Nested
 from pared.budget import Budget, Sizes
 from pared.budget.ranked import allocate_ranked, check_reach
-from pared.budget.uniform import allocate_uniform
+from pared.budget.search import search
+from pared.budget.trials import Judges
+from pared.budget.uniform import allocate_uniform, uniform_shapes
 from pared.errors import UsageError
-from pared.estimate import Scores
+from pared.estimate import Progress, Scores, silent
 from pared.plan import Plan, kept_sizes, layer_plan, to_ranges
 from pared.structure import Layout
 
-ALLOCATIONS = ("uniform", "global")
+ALLOCATIONS = ("uniform", "global", "search")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a search may take: generations, and minutes (None: as long as those take). seed: of its moves."""
+
+    generations: int = 8
+    minutes: float | None = None
+    seed: int = 0
 
 
 def check_amount(budget: Budget, allocate: str) -> None:
     """UsageError where the amount is out of reach, whatever the scores will be."""
     if allocate == "uniform":
         allocate_uniform(budget)
-    elif allocate == "global":
+    elif allocate in ("global", "search"):
         check_reach(budget)
 
 
@@ -34,9 +46,16 @@ def make_plan(
     *,
     shape: Literal["uniform", "per-layer"],
     allocate: str,
+    judges: Judges | None = None,
+    effort: Effort | None = None,
     provenance: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
 ) -> Plan:
-    """Decide what goes. Raises UsageError where the amount is out of reach or shape and allocation exclude each other."""
+    """Decide what goes. Raises UsageError where the amount is out of reach or shape and allocation exclude each other.
+
+    judges: measure trial models; a search needs them, and a uniform shape's split between attention and FFN is then
+    measured too. Without them it is balanced.
+    """
     layout = budget.layout
     width = [a for a in budget.axes if a not in ("layer", "hidden")]
     if shape == "uniform" and budget.protected and width:
@@ -45,17 +64,21 @@ def make_plan(
             where="--keep-first / --keep-last",
             fix="--shape per-layer, or protect none",
         )
-    if allocate == "global":
+    if allocate in ("global", "search"):
         if shape == "uniform":
             raise UsageError(
-                "global allocation gives every layer its own size", where="--shape uniform", fix="--shape per-layer"
+                f"--allocate {allocate} gives every layer its own size", where="--shape uniform", fix="--shape per-layer"
             )
         if odd := [a for a in budget.axes if a in ("layer", "hidden")]:
-            raise UsageError(f"global allocation ranks units inside layers, not {odd[0]}", fix="--allocate uniform")
-        return _plan(budget, scores, allocate_ranked(budget, scores), list(range(layout.num_layers)), None, shape, provenance)
+            raise UsageError(f"--allocate {allocate} compares units inside layers, not {odd[0]}", fix="--allocate uniform")
+        every = list(range(layout.num_layers))
+        if allocate == "global":
+            return _plan(budget, scores, allocate_ranked(budget, scores), every, None, shape, provenance)
+        sizes, found = _search(budget, scores, judges, effort or Effort(), progress)
+        return _plan(budget, scores, sizes, every, None, shape, {**(provenance or {}), "search": found})
     if allocate != "uniform":
         raise UsageError(f"unknown allocation {allocate!r}", where="--allocate", fix=f"one of {', '.join(ALLOCATIONS)}")
-    chosen = allocate_uniform(budget)
+    chosen = allocate_uniform(budget, judges.quick if judges is not None else None)
     kept = list(range(layout.num_layers))
     if "layer" in budget.axes:
         value = scores.of[None, "layer"].clone()
@@ -63,6 +86,38 @@ def make_plan(
         kept = sorted(value.argsort(descending=True, stable=True)[: chosen.layers].tolist())
     sizes = {i: {} if i in budget.protected else dict(chosen.sizes) for i in kept}
     return _plan(budget, scores, sizes, kept, chosen.hidden, shape, provenance)
+
+
+def _search(
+    budget: Budget, scores: Scores, judges: Judges | None, effort: Effort, progress: Progress
+) -> tuple[dict[int, Sizes], dict[str, float]]:
+    """Sizes from a search that starts from the best uniform shapes and, where scores of layers compare, their ranking."""
+    if judges is None:
+        raise UsageError(
+            "a search tries sizes of heads and FFN channels by second-order selection",
+            where="--allocate search",
+            fix="--criterion obs with --structures kv,query,ffn, or --allocate global",
+        )
+    full = {
+        i: {a: budget.layout.sizes_at(i)[a] for a in budget.axes if (i, a) in scores.of}
+        for i in range(budget.layout.num_layers)
+    }
+    starts = [
+        {i: own if i in budget.protected else {a: s.sizes.get(a, n) for a, n in own.items()} for i, own in full.items()}
+        for s in uniform_shapes(budget)[:8]
+    ]
+    if scores.comparable:
+        starts.append({i: {**full[i], **own} for i, own in allocate_ranked(budget, scores).items()})
+    found = search(
+        budget,
+        starts,
+        judges.sequential,
+        generations=effort.generations,
+        minutes=effort.minutes,
+        seed=effort.seed,
+        progress=progress,
+    )
+    return found.shape, {"kl": found.kl, "start": found.start, "generations": found.generations}
 
 
 def _plan(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pared.budget import Budget, Sizes
@@ -18,6 +19,12 @@ from pared.errors import UsageError
 OTHER_TYPE = 0.02
 # Combinations of coarse sizes: some seconds for a model of 80 layers.
 MOST_TRIED = 1024
+# Splits whose loss is measured, and how much less balanced than the best they may be.
+MOST_MEASURED = 8
+UNBALANCED = 0.3
+
+
+PerLayer = dict[int, Sizes]
 
 
 @dataclass(frozen=True)
@@ -30,8 +37,49 @@ class Shape:
     removed: int
 
 
-def allocate_uniform(budget: Budget) -> Shape:
-    """The most balanced uniform shape that removes at least the amount asked for."""
+def allocate_uniform(budget: Budget, judge: Callable[[list[PerLayer]], list[float]] | None = None) -> Shape:
+    """The best uniform shape that removes at least the amount asked for.
+
+    judge: gives the loss of shapes (sizes for each layer), and some splits between the kinds of structure are then
+    compared by it; without it the most balanced one is taken.
+    """
+    enough = _enough(budget)
+    if judge is not None:
+        tried = [shape for _, shape in _spread(budget, enough)]
+        if len(tried) > 1:
+            losses = judge([per_layer(budget, shape) for shape in tried])
+            return _best_written(budget, sorted(zip(losses, tried, strict=True), key=lambda e: e[0]), relative=True)
+    return _best_written(budget, enough)
+
+
+def uniform_shapes(budget: Budget) -> list[Shape]:
+    """Some uniform shapes that meet the budget, from much attention and little FFN to the reverse."""
+    return [shape for _, shape in _spread(budget, _enough(budget))]
+
+
+def per_layer(budget: Budget, shape: Shape) -> PerLayer:
+    """A uniform shape as sizes for each layer."""
+    return {i: {} if i in budget.protected else dict(shape.sizes) for i in range(budget.layout.num_layers)}
+
+
+def _spread(budget: Budget, shapes: list[tuple[float, Shape]]) -> list[tuple[float, Shape]]:
+    """Up to MOST_MEASURED of the shapes, the most balanced one among them, evenly over the attention that they keep."""
+    near = [s for s in shapes if s[0] <= shapes[0][0] + UNBALANCED]
+    full = budget.full()
+
+    def attention(shape: Shape) -> float:
+        return math.prod(shape.sizes.get(a, full[a]) / full[a] for a in ("kv", "query") if a in full)
+
+    near.sort(key=lambda s: (attention(s[1]), s[0]))
+    if len(near) > MOST_MEASURED:
+        at = sorted({round(k * (len(near) - 1) / (MOST_MEASURED - 2)) for k in range(MOST_MEASURED - 1)})
+        thin = [near[k] for k in at]
+        near = thin if shapes[0] in thin else [*thin, shapes[0]]
+    return near
+
+
+def _enough(budget: Budget) -> list[tuple[float, Shape]]:
+    """(imbalance, shape) of all that remove the amount asked for, best first."""
     enough: list[tuple[float, Shape]] = []
     most = 0.0
     total = budget.before.amount(budget.amount.of)
@@ -44,18 +92,21 @@ def allocate_uniform(budget: Budget) -> Shape:
             enough.append((round(penalty, 12), shape))
     if not enough:
         raise budget.unreachable(most)
-    return _best_written(budget, sorted(enough, key=lambda e: e[0]))
+    return sorted(enough, key=lambda e: e[0])
 
 
-def _best_written(budget: Budget, shapes: list[tuple[float, Shape]]) -> Shape:
-    """The best of these, best first, that a config can say, those of the model's own type at an advantage."""
+def _best_written(budget: Budget, shapes: list[tuple[float, Shape]], *, relative: bool = False) -> Shape:
+    """The best of these, best first, that a config can say, those of the model's own type at an advantage.
+
+    relative: the advantage is a share of the penalty rather than an imbalance.
+    """
     best: tuple[float, Shape] | None = None
     for penalty, shape in shapes:
         if best is not None and best[0] <= penalty:
             break
         kind = budget.written_as(shape.sizes, shape.hidden) if budget.written_as else budget.layout.model_type
         if kind is not None:
-            other = OTHER_TYPE if kind != budget.layout.model_type else 0.0
+            other = 0.0 if kind == budget.layout.model_type else OTHER_TYPE * (penalty if relative else 1.0)
             if best is None or penalty + other < best[0]:
                 best = penalty + other, shape
     if best is None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pared.axes import coordinates
 from pared.criteria import Group, Stats, criterion
+from pared.elimination import elimination_costs
 from pared.errors import UsageError
-from pared.leastsquares import elimination_costs
 
 PAPER = "Hassibi & Stork 1992; arXiv:2302.04089"
 AXES = ("kv", "query", "ffn", "shared_ffn")

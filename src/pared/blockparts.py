@@ -1,0 +1,180 @@
+"""A block taken apart: what its matrices read and give, and the same block with other tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pared import surgery
+from pared.axes import Name, Selection, names, take
+from pared.stream import Stream
+from pared.structure import Layout
+
+
+class _Enough(Exception):
+    """Raised inside a block's forward pass once the input that was wanted has been seen."""
+
+
+@dataclass
+class Observed:
+    """A dense block at work. after: what leaves it, for each batch. outputs: of the consumers, for each batch; order: in which they ran.
+
+    inputs: of the producers; those that read one and the same tensor share the list. groups: (how many consumers ran
+    before, the producers that read one tensor).
+    """
+
+    after: list[Tensor] = field(default_factory=list)
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    groups: list[tuple[int, list[str]]] = field(default_factory=list)
+
+    def before(self, consumer: str) -> list[list[str]]:
+        """Producers that ran after the consumer before this one, by what they read."""
+        at = self.order.index(consumer)
+        return [group for done, group in self.groups if done == at]
+
+
+def observe(
+    stream: Stream, block: nn.Module, i: int, x: Sequence[Tensor], consumers: Sequence[str], producers: Sequence[str]
+) -> Observed:
+    """Run a block on every batch, and see what its consumers give and its producers read."""
+    seen = Observed()
+    first: list[tuple[int, str, Tensor]] = []  # of the first batch: which producers share an input
+    now: list[Tensor] = []  # what enters the block
+    handles = []
+    for name in consumers:
+
+        def gave(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
+            if name not in seen.outputs:
+                seen.order.append(name)
+            # MLPs beside experts see tokens of all sequences in one row.
+            seen.outputs.setdefault(name, []).append(output.reshape(*now[0].shape[:2], -1))
+
+        handles.append(_owner(block, name).register_forward_hook(gave))
+    for name in producers:
+
+        def reads(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            if args[0].numel() != now[0].shape[:2].numel() * args[0].shape[-1]:
+                return  # not all tokens come this way
+            if name not in seen.inputs:
+                same = next((n for done, n, t in first if t is args[0]), None)
+                first.append((len(seen.order), name, args[0]))
+                seen.inputs[name] = seen.inputs[same] if same else []
+                if same:
+                    next(g for _, g in seen.groups if same in g).append(name)
+                else:
+                    seen.groups.append((len(seen.order), [name]))
+            if seen.groups and any(g[0] == name for _, g in seen.groups):
+                seen.inputs[name].append(args[0].reshape(*now[0].shape[:2], -1))
+
+        handles.append(_owner(block, name).register_forward_pre_hook(reads))
+    try:
+        for h in x:
+            now[:] = [h]
+            seen.after.append(stream.run(block, i, h))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def inputs_at(
+    stream: Stream, module: nn.Module, i: int, name: str, before: Sequence[str], hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A matrix's input [b, s, n], and the block's input plus the outputs of the consumers before [b, s, hidden]."""
+    seen: list[Tensor] = []
+    outputs: dict[str, list[Tensor]] = {}
+
+    def stop(m: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        raise _Enough
+
+    handles = [_owner(module, n).register_forward_hook(_collect(outputs.setdefault(n, []))) for n in before]
+    handles.append(_owner(module, name).register_forward_pre_hook(stop))
+    try:
+        stream.run(module, i, hidden)
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    residual = hidden
+    for n in before:
+        residual = residual + outputs[n][0].reshape(hidden.shape)
+    return seen[0].reshape(*hidden.shape[:2], -1), residual
+
+
+def cut(layout: Layout, i: int, name: str, tensor: Tensor, keep: Selection) -> Tensor:
+    """One tensor of block i (local name) with only the kept units."""
+    return take(tensor, layout.tensors[f"{layout.prefix}.{i}.{name}"], layout.sizes_at(i), keep)
+
+
+def rebuilt(
+    stream: Stream, block: nn.Module, i: int, keep: Selection, whole: Mapping[str, Tensor], final: Mapping[str, Tensor]
+) -> nn.Module:
+    """The block, built anew for the units in `keep`. whole: tensors in place of its own, still to be cut; final: cut ones."""
+    tensors = {
+        n: final[n] if n in final else cut(stream.layout, i, n, whole.get(n, t), keep) for n, t in block.state_dict().items()
+    }
+    return surgery.rebuilt(block, stream.model, stream.layout, i, keep, tensors)
+
+
+def matrices(layout: Layout, i: int, weights: Mapping[str, Tensor]) -> list[str]:
+    """The 2-D weights of a block that are multiplied with activations, by local name."""
+    return [n for n, w in weights.items() if w.ndim == 2 and f"{layout.prefix}.{i}.{n}" in layout.consumers]
+
+
+def input_axes(layout: Layout, i: int, name: str) -> frozenset[str]:
+    """The axes along a matrix's input."""
+    full = f"{layout.prefix}.{i}.{name}"
+    return names(layout.tensors[full].dims[layout.consumers[full]])
+
+
+def consumers_of(layout: Layout, i: int, weights: Mapping[str, Tensor]) -> dict[str, frozenset[str]]:
+    """The matrices from a structure's channels back into the residual stream, and the axes that those channels have."""
+    out = {}
+    for name in matrices(layout, i, weights):
+        full = f"{layout.prefix}.{i}.{name}"
+        other = layout.tensors[full].dims[1 - layout.consumers[full]]
+        axes = input_axes(layout, i, name)
+        if other == Name("hidden") and axes and "hidden" not in axes:
+            out[name] = axes
+    return out
+
+
+def sole_consumer(layout: Layout, i: int, axis: str) -> str | None:
+    """The one matrix (local name) whose input runs along an axis; None where there are several, or stacks of experts."""
+    found = [n for n in layout.block_tensors(i) if n in layout.consumers and axis in layout.tensors[n].axes]
+    found = [n for n in found if axis in names(layout.tensors[n].dims[layout.consumers[n]])]
+    return layout.local(found[0]) if len(found) == 1 and len(layout.shapes[found[0]]) == 2 else None
+
+
+def oriented(layout: Layout, i: int, name: str, w: Tensor) -> Tensor:
+    """A matrix as [out, in]."""
+    return w if layout.consumers[f"{layout.prefix}.{i}.{name}"] == 1 else w.T
+
+
+def stored(layout: Layout, full: str, w: Tensor, dtype: torch.dtype) -> Tensor:
+    """The reverse of `oriented`. full: the tensor's name in the model."""
+    return (w if layout.consumers[full] == 1 else w.T).to(dtype).contiguous()
+
+
+def bias_of(name: str) -> str:
+    """The name of the bias beside a weight."""
+    return name.rpartition(".")[0] + ".bias"
+
+
+def _owner(block: nn.Module, name: str) -> nn.Module:
+    return block.get_submodule(name.rpartition(".")[0])
+
+
+def _collect(into: list[Tensor]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        into.append(output)
+
+    return hook

@@ -1,0 +1,139 @@
+"""Trials: how far a model of given sizes is from the dense one, measured end to end on sequences kept aside.
+
+Every candidate's blocks are cut, refitted from dense statistics and run; candidates travel through the blocks side by
+side, so that each block is read once. What is compared is KL(dense || candidate), in nats per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pared.budget import Sizes
+from pared.budget.levels import Levels, measure_levels
+from pared.calibration import Batch
+from pared.compensate import Method, Walk
+from pared.stream import Stream
+
+Shape = Mapping[int, Sizes]  # layer -> units left of each axis that shrinks
+Key = tuple[tuple[str, int], ...]
+# (layer, block, dense hidden states that enter it) -> what leaves it of those that only levels need, the levels.
+LevelsAt = Callable[[int, nn.Module, list[Tensor]], tuple[list[Tensor], Levels]]
+
+# Bytes of second moments that are kept between trials; where a model's are more, they are measured each time.
+KEPT = 2 << 30
+
+
+class Judges:
+    """Two ways to say how far shapes are from the dense model, in nats of KL per token, on sequences of the calibration.
+
+    quick: refits on dense inputs, one pass over the candidates' own blocks; enough to compare uniform shapes.
+    sequential: as the walk that follows, on few sequences; where layers differ, what later ones repair counts.
+    """
+
+    def __init__(self, stream: Stream, axes: Sequence[str], rows: Sequence[Batch], batch: int) -> None:
+        n = len(rows)
+        few, many = max(1, min(n // 2, max(8, n // 16))), max(1, min(n // 4, max(8, n // 8)))
+        self.stream, self.axes = stream, axes
+        # Rows that are judged by come first, those that are fitted to after them; a single row has to do for both.
+        self.judged = _together(rows[:many], batch)
+        self.fit = _together(rows[many : many + few] or rows[:1], batch)
+        self.measured = _together(rows[many : many + max(1, n // 4)] or rows[:1], batch)
+        self._levels: dict[int, Levels] = {}
+
+    def quick(self, shapes: Sequence[Shape]) -> list[float]:
+        judged = self.judged[: -(-len(self.judged) // 2)]
+        skip = len(self.measured)
+
+        def levels(i: int, block: nn.Module, dense: list[Tensor]) -> tuple[list[Tensor], Levels]:
+            return measure_levels(self.stream, block, i, dense[:skip], self.axes)
+
+        return score_shapes(self.stream, levels, shapes, [], judged, only_seen=self.measured)
+
+    def sequential(self, shapes: Sequence[Shape], share: float) -> list[float]:
+        judged = self.judged[: max(1, round(share * len(self.judged)))]
+        skip = len(self.fit)
+
+        def levels(i: int, block: nn.Module, dense: list[Tensor]) -> tuple[list[Tensor], Levels]:
+            if i in self._levels:
+                return [], self._levels[i]
+            _, made = measure_levels(self.stream, block, i, dense[:skip], self.axes)
+            if self.stream.num_layers * made.nbytes <= KEPT:
+                self._levels[i] = made
+            return [], made
+
+        return score_shapes(self.stream, levels, shapes, self.fit, judged)
+
+
+def _together(rows: Sequence[Batch], size: int) -> list[Batch]:
+    """Single rows in batches of rows of equal length."""
+    out: list[Batch] = []
+    for row in rows:
+        if out and out[-1].input_ids.shape[1] == row.input_ids.shape[1] and len(out[-1].input_ids) < size:
+            out[-1] = Batch(torch.cat([out[-1].input_ids, row.input_ids]), None)
+        else:
+            out.append(row)
+    return out
+
+
+def score_shapes(
+    stream: Stream,
+    levels: LevelsAt,
+    shapes: Sequence[Shape],
+    fit: Sequence[Batch],
+    batches: Sequence[Batch],
+    *,
+    only_seen: Sequence[Batch] = (),
+) -> list[float]:
+    """KL to the dense model of each shape, on `batches`. levels: gives a block's levels from the dense hidden
+    states that enter it, when its turn comes.
+
+    Each candidate is refitted block by block on what its own earlier blocks give for the sequences in `fit`; where there
+    are none, on dense inputs. only_seen: sequences that only the dense model runs, for `levels`, which gets them first.
+    """
+    method = Method(inputs=False, fit=len(fit), guarded=False)
+    skip = len(only_seen)
+    entered = stream.embed([*only_seen, *fit, *batches])
+    seen_only, dense = entered[:skip], entered[skip:]
+    # Candidates that are alike up to here share one path: the number of the path that each is on; 0 is the dense one.
+    paths, on = [dense], [0] * len(shapes)
+    for i in range(stream.num_layers):
+        with stream.block(i) as block, torch.no_grad():
+            seen_only, here = levels(i, block, [*seen_only, *dense])
+            keys = [tuple(sorted(here.shrunk(shape.get(i, {})).items())) for shape in shapes]
+            seen = Walk(stream, i, block, next((here.select(dict(k)) for k in keys if k), {}), method).look(dense)
+            steps: dict[tuple[int, Key], int] = {(0, ()): 0}
+            after = [seen.after]
+            for k, key in enumerate(keys):
+                if (on[k], key) not in steps:
+                    steps[on[k], key] = len(after)
+                    before = paths[on[k]]
+                    if fit or not key:
+                        walk = Walk(stream, i, block, here.select(dict(key)), method)
+                        after.append(walk.follow(dense, seen, before))
+                    else:
+                        module = here.module(stream, block, dict(key))
+                        after.append([stream.run(module, i, h) for h in before])
+                on[k] = steps[on[k], key]
+            paths, dense = after, seen.after
+    found = divergences(stream, paths[0][len(fit) :], [p[len(fit) :] for p in paths])
+    return [found[p] for p in on]
+
+
+@torch.no_grad()
+def divergences(stream: Stream, dense: Sequence[Tensor], paths: Sequence[Sequence[Tensor]]) -> list[float]:
+    """KL(dense || other) per token for each of some last hidden states, lists of [b, s, hidden]; what is no number is inf."""
+    totals = [0.0] * len(paths)
+    tokens = 0
+    with stream.outside(front=False):
+        for b, hidden in enumerate(dense):
+            for row in range(hidden.shape[0]):  # the logits of a large vocabulary are the largest tensor of all
+                p = torch.log_softmax(stream.logits(hidden[row : row + 1]).float(), -1)
+                tokens += p.shape[1]
+                for k, path in enumerate(paths):
+                    q = torch.log_softmax(stream.logits(path[b][row : row + 1]).float(), -1)
+                    totals[k] += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+    return [t / tokens if math.isfinite(t) else math.inf for t in totals]

@@ -1,0 +1,67 @@
+"""What a recipe's effort stands for, and which decisions are left to trial models and to the walk that refits."""
+
+from __future__ import annotations
+
+import torch
+
+from pared.blockparts import sole_consumer
+from pared.budget.trials import Judges
+from pared.calibration import Batch
+from pared.criteria.obs import AXES
+from pared.estimate import Scores
+from pared.recipe import Recipe
+from pared.stream import Stream, unpadded
+from pared.structure import Layout
+
+# Generations of a search, and steps of reconstruction at the highest effort.
+GENERATIONS = {"quick": 4, "default": 8, "max": 32}
+STEPS = 200
+
+
+def measures(recipe: Recipe, layout: Layout, axes: tuple[str, ...]) -> bool:
+    """Whether sizes are chosen by the KL of trial models: those are made by second-order selection and a refit."""
+    chosen = reselected(recipe, layout)
+    return set(axes) <= chosen and tried(layout, axes) and (recipe.shape == "uniform" or recipe.allocate == "search")
+
+
+def tried(layout: Layout, axes: tuple[str, ...]) -> bool:
+    """Whether trial models of other sizes can be made: second-order selection has to be able to choose along every axis,
+    and none may be tied to the size of another."""
+    tied = layout.follows.keys() | {axis for axis, _ in layout.follows.values()}
+    return set(axes) <= _chosen_alone(layout) and not tied & set(axes)
+
+
+def judges(stream: Stream, axes: tuple[str, ...], batches: list[Batch], size: int) -> Judges:
+    """What measures trial models, on the calibration's own sequences, `size` at a time."""
+    batches = [Batch(row, None) for b in unpadded(batches) for row in b.input_ids.split(1)]
+    return Judges(stream, axes, batches, size)
+
+
+def reselected(recipe: Recipe, layout: Layout) -> frozenset[str]:
+    """Axes whose units are chosen in the walk that refits, by second-order selection on what comes in there."""
+    if recipe.criterion not in ("obs", "obs-fisher") or recipe.compensate != "sequential" or recipe.iterative_steps > 1:
+        return frozenset()
+    return _chosen_alone(layout)
+
+
+def _chosen_alone(layout: Layout) -> frozenset[str]:
+    """Axes whose units one consumer in each block can choose, freely."""
+
+    # A layer's heads stand in the config where its arguments differ by head; that is settled before the walk.
+    axes = [a for a in AXES if layout.runs.get(a, 1) == 1 and not (layout.head_arguments and a in ("kv", "query"))]
+
+    def one(i: int, axis: str) -> bool:
+        return axis not in layout.layer_sizes[i] or not layout.holders(axis, i) or sole_consumer(layout, i, axis) is not None
+
+    return frozenset(a for a in axes if all(one(i, a) for i in range(layout.num_layers)))
+
+
+def no_scores(layout: Layout, axes: tuple[str, ...]) -> Scores:
+    """Zero for every unit: a stand-in where other means decide which stay."""
+    out = Scores()
+    for i in range(layout.num_layers):
+        sizes = layout.sizes_at(i)
+        for axis in axes:
+            if layout.holders(axis, i):
+                out.of[i, axis] = torch.zeros(sizes[axis] * sizes.get(layout.parents.get(axis, ""), 1))
+    return out

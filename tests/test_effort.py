@@ -1,0 +1,64 @@
+"""What an effort stands for, and what is left to the walk that refits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import tiny
+from pared.effort import STEPS, measures, no_scores, reselected
+from pared.recipe import Recipe, make_recipe
+from pared.run import Source, resolve
+
+
+def resolved(family: str = "llama", **settings: Any) -> tuple[Recipe, Source]:
+    source = Source.open(tiny.model(family))
+    return resolve(make_recipe(**settings), source), source
+
+
+@pytest.mark.parametrize(
+    ("effort", "shape", "allocate", "compensate", "steps"),
+    [
+        ("quick", "uniform", "uniform", "refit", 0),
+        ("quick", "per-layer", "global", "refit", 0),
+        ("default", "uniform", "uniform", "sequential", 0),
+        ("default", "per-layer", "search", "sequential", 0),
+        ("max", "uniform", "uniform", "sequential", STEPS),
+        ("max", "per-layer", "search", "sequential", STEPS),
+    ],
+)
+def test_an_effort_decides_what_was_left_open(effort: str, shape: str, allocate: str, compensate: str, steps: int) -> None:
+    recipe, _ = resolved(effort=effort, shape=shape)
+    assert (recipe.allocate, recipe.compensate, recipe.reconstruct) == (allocate, compensate, steps)
+    assert resolve(recipe, _) == recipe
+
+
+def test_what_was_asked_for_goes_over_the_effort() -> None:
+    recipe, _ = resolved(effort="max", shape="per-layer", allocate="global", reconstruct=0, compensate="refit")
+    assert (recipe.allocate, recipe.compensate, recipe.reconstruct, recipe.criterion) == ("global", "refit", 0, "obs-fisher")
+    assert resolved(criterion="taylor", shape="per-layer")[0].allocate == "global", "a search selects by obs"
+    assert resolved(compensate="none", effort="max")[0].reconstruct == 0
+
+
+def test_sizes_are_measured_where_the_walk_chooses_the_units() -> None:
+    recipe, source = resolved()
+    assert reselected(recipe, source.layout) >= {"kv", "query", "ffn"} and measures(recipe, source.layout, ("kv", "ffn"))
+    for settings in ({"criterion": "taylor"}, {"compensate": "refit"}, {"iterative_steps": 2}):
+        assert not measures(*(pair := resolved(**settings))[:1], pair[1].layout, ("kv", "ffn"))
+    experts, other = resolved("mixtral", criterion="obs", structures=("kv",))
+    assert "ffn" not in reselected(experts, other.layout) and "kv" in reselected(experts, other.layout)
+
+
+def test_heads_that_the_config_names_are_settled_before_the_walk() -> None:
+    recipe, source = resolved("bloom", criterion="obs", structures=("kv",), shape="per-layer")
+    assert source.layout.head_arguments and "kv" not in reselected(recipe, source.layout)
+    assert "ffn" in reselected(recipe, source.layout)
+
+
+def test_the_stand_in_for_scores_has_one_for_every_unit() -> None:
+    layout = resolved()[1].layout
+    of = no_scores(layout, ("kv", "query", "ffn")).of
+    assert {k: len(v) for k, v in of.items()} == {
+        (i, a): n for i in range(3) for a, n in (("kv", 4), ("query", 8), ("ffn", 48))
+    }
