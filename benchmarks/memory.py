@@ -40,7 +40,9 @@ def work(mode: str, path: str) -> dict[str, float]:
     from pared.criteria import get_criterion
     from pared.estimate import estimate
     from pared.evaluate.speed import peak_memory_bytes
-    from pared.run import Source, make_recipe, plan_pruning
+    from pared.recipe import make_recipe
+    from pared.run import plan_pruning
+    from pared.source import Source
     from pared.stream import Stream
 
     ids = torch.randint(0, 32000, (10, 128), generator=torch.Generator().manual_seed(0))

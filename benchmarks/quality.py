@@ -26,7 +26,7 @@ from pared.calibration import inference, sample_from_model
 from pared.errors import ParedError
 from pared.evaluate.perplexity import Logits, Windows, logits_of, measure, protocol, windows
 from pared.recipe import load_recipe
-from pared.run import Source
+from pared.source import Source
 
 # name -> (settings, shapes it is run in)
 BOTH = ("uniform", "per-layer")

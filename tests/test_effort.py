@@ -9,7 +9,8 @@ import pytest
 import tiny
 from pared.effort import STEPS, measures, no_scores, reselected
 from pared.recipe import Recipe, make_recipe
-from pared.run import Source, resolve
+from pared.resolve import resolve
+from pared.source import Source
 
 
 def resolved(family: str = "llama", **settings: Any) -> tuple[Recipe, Source]:

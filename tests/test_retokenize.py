@@ -22,7 +22,8 @@ from pared.errors import ModelError, UsageError
 from pared.plan import LayerPlan, Plan, from_ranges, to_ranges
 from pared.proof import TOLERANCE, proved_layout
 from pared.retokenize import Retokenized, Words, prove
-from pared.run import Pruned, Source, apply_plan, prune
+from pared.run import Pruned, apply_plan, prune
+from pared.source import Source
 from pared.surgery import cut_model
 from pared.verify import verify
 from vocabs import KEPT, UNSEEN

@@ -20,7 +20,7 @@ from pared.calibration import Batch
 from pared.compensate import Method, compensate
 from pared.errors import UsageError
 from pared.plan import Plan, layer_plan
-from pared.run import Source
+from pared.source import Source
 from pared.stream import Stream
 from pared.structure import Layout
 from pared.surgery import cut_refitted

@@ -9,41 +9,39 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared import modeling
 from pared.budget import Amount, Budget
 from pared.budget.select import Effort, check_amount, make_plan, recount
 from pared.budget.uniform import allocate_uniform
-from pared.calibration import Calibration, load_calibration, sample_from_model
-from pared.checkpoint import Checkpoint, place_of
+from pared.calibration import Calibration
+from pared.checkpoint import place_of
 from pared.compensate import Method, Refitted, compensate
 from pared.compose import compose
 from pared.criteria import get_criterion
-from pared.effort import GENERATIONS, STEPS, judges, measures, no_scores, reselected, tried
-from pared.errors import ModelError, UsageError
+from pared.effort import GENERATIONS, judges, measures, no_scores, reselected
+from pared.errors import UsageError
 from pared.estimate import Progress, Scores, estimate, silent
 from pared.models import NATIVE
-from pared.per_layer import PerLayer
 from pared.plan import Plan
-from pared.proof import proved_layout
 from pared.recipe import Recipe, make_recipe
 from pared.remote_code import FILE, auto_map, modelling_file
 from pared.report.card import model_card
+from pared.resolve import calibrate, compute_dtype, resolve, scored_axes
 from pared.retokenize import (
     Retokenized,
-    Words,
     check_vocabulary,
     keep_tokens,
     retokenize_as_planned,
     vocabulary_alone,
     with_vocabulary,
 )
+from pared.source import Source
 from pared.stream import Stream
-from pared.structure import Layout, experts_per_token
 from pared.surgery import (
     cut_block,
     cut_model,
@@ -55,10 +53,6 @@ from pared.surgery import (
     written_as,
 )
 from pared.writer import CheckpointWriter
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEFAULT_STRUCTURES = ("kv", "query", "ffn")
-DEFAULT_SEQ_LEN = 512
 
 
 @dataclass(frozen=True)
@@ -73,202 +67,6 @@ class Pruned:
     report: dict[str, Any] = field(default_factory=dict)
     scores: Scores | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
-
-
-@dataclass
-class Source:
-    """What is to be pruned: a checkpoint on disk or a live model, with its proved layout."""
-
-    checkpoint: Checkpoint | None
-    model: PreTrainedModel | None
-    tokenizer: PreTrainedTokenizerBase | None
-    config: PreTrainedConfig
-    per_layer: PerLayer
-    layout: Layout
-
-    @classmethod
-    def open(cls, what: str | Path | Checkpoint | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Source:
-        if isinstance(what, PreTrainedModel):
-            config, per_layer = modeling.make_config(what.config.to_dict())
-            return cls(None, what, tokenizer, config, per_layer, proved_layout(config, per_layer))
-        checkpoint = what if isinstance(what, Checkpoint) else Checkpoint.open(what)
-        config, per_layer = modeling.make_config(checkpoint.config)
-        return cls(checkpoint, None, tokenizer, config, per_layer, proved_layout(config, per_layer))
-
-    def get_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            if self.checkpoint is None:
-                raise UsageError(
-                    "calibration from text needs a tokenizer", fix="pass tokenizer=, or calibration ids as a tensor"
-                )
-            try:
-                self.tokenizer = AutoTokenizer.from_pretrained(
-                    self.checkpoint.path, config=self.config, trust_remote_code=False
-                )
-            except (OSError, ValueError) as error:
-                raise ModelError(f"the tokenizer can not be loaded: {error}", where=self.checkpoint.path) from error
-        return self.tokenizer
-
-    def resident(self, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
-        """The whole model in memory."""
-        if self.model is not None:
-            return self.model
-        if self.checkpoint is None:
-            raise UsageError("nothing to load")
-        return modeling.load(self.checkpoint, dtype=dtype, device=device)
-
-    @property
-    def runnable(self) -> Checkpoint | PreTrainedModel:
-        """What a Stream is made from."""
-        if self.model is not None:
-            return self.model
-        if self.checkpoint is None:
-            raise UsageError("nothing to run")
-        return self.checkpoint
-
-    def words(self) -> Words:
-        """The tokenizer in the form in which its vocabulary can be pruned."""
-        generation = getattr(self.model, "generation_config", None)
-        return Words.open(self.checkpoint, self.tokenizer, self.config, generation and generation.to_dict())
-
-    @property
-    def name(self) -> str:
-        return self.checkpoint.path.name if self.checkpoint else self.config._name_or_path or self.config.model_type
-
-    @property
-    def experts_used(self) -> int | None:
-        return experts_per_token(self.config)
-
-
-def default_structures(layout: Layout) -> tuple[str, ...]:
-    """What goes where nothing is named: heads and FFN channels, but of mixtures of experts channels alone.
-
-    There heads are few of the parameters and serve every token: an equal share of them was measured to cost more.
-    """
-    routed = any(layout.prunable(a) and parent == "expert" for a, parent in layout.parents.items())
-    return ("ffn",) if routed else DEFAULT_STRUCTURES
-
-
-def resolve_axes(layout: Layout, structures: tuple[str, ...] | None, *, shape: str = "per-layer") -> tuple[str, ...]:
-    """The axes that the named structures are in this model. ModelError where one is not proved, with the reason.
-
-    shape: "uniform" leaves out axes that the family's config has no size for; where nothing else is left, that is said.
-    """
-    chosen: list[str] = []
-    apart: list[str] = []
-    for structure in structures or default_structures(layout):
-        named = [a for a in layout.proofs if a == structure or (structure == "ffn" and a.endswith("ffn"))]
-        proved = [a for a in named if layout.prunable(a)]
-        if shape == "uniform" and (odd := [a for a in proved if not layout.prunable(a, stock=True)]):
-            if structures is not None:
-                raise _only_per_layer(layout, odd)
-            apart += odd
-            proved = [a for a in proved if a not in odd]
-        if not proved and structures is not None:
-            reason = (
-                "; ".join(layout.proofs[a].reason for a in named)
-                or f"no layout with more than one unit of it was found in {layout.model_type}"
-            )
-            raise ModelError(
-                f"{structure!r} can not be removed from this model: {reason}",
-                where="--structures",
-                fix=f"it can lose {', '.join(a for a in layout.proofs if layout.prunable(a)) or 'nothing'}",
-            )
-        chosen += proved
-    if not chosen and apart:
-        raise _only_per_layer(layout, apart)
-    if not chosen:
-        raise ModelError(f"no structure of {layout.model_type} is proved to be removable", fix="pared inspect says why")
-    return tuple(dict.fromkeys(chosen))
-
-
-def removable(layout: Layout) -> tuple[tuple[str, ...], str]:
-    """What is removed by default and the shape that can say it: uniform, or per-layer where the config has no words for it."""
-    for shape in ("uniform", "per-layer"):
-        with contextlib.suppress(ModelError):
-            return resolve_axes(layout, None, shape=shape), shape
-    return (), "uniform"  # nothing is proved; the proofs say why
-
-
-def _only_per_layer(layout: Layout, axes: list[str]) -> ModelError:
-    return ModelError(
-        f"a {layout.model_type} config has no sizes of its own for {', '.join(axes)}: no stock checkpoint can say the result",
-        where="--shape uniform",
-        fix="--shape per-layer, which carries them in a form of its own",
-    )
-
-
-def scored_axes(layout: Layout, recipe: Recipe) -> tuple[str, ...]:
-    """The axes whose units are scored: all but the vocabulary, about which a text decides."""
-    return tuple(a for a in resolve_axes(layout, recipe.structures, shape=recipe.shape) if a != "vocab")
-
-
-def resolve(recipe: Recipe, source: Source) -> Recipe:
-    """The recipe with everything that it left open decided.
-
-    Second-order selection where every structure is a dense layer's own; weighted by gradients where layers compete by
-    score. Elsewhere (experts' channels, hidden channels, layers) first-order Taylor scores all kinds alike.
-    """
-    axes = scored_axes(source.layout, recipe)
-    if not axes:
-        return recipe
-    inside = not {"layer", "hidden"} & set(axes)
-    dense = all(a in get_criterion("obs").axes_or(axes) and source.layout.parents.get(a) != "expert" for a in axes)
-    quick = recipe.effort == "quick"
-    compensate = recipe.compensate or ("refit" if quick and not recipe.reconstruct else "sequential")
-    searches = (
-        tried(source.layout, axes)
-        and not quick
-        and compensate == "sequential"
-        and recipe.criterion in (None, "obs", "obs-fisher")
-    )
-    allocate = recipe.allocate or ("uniform" if recipe.shape == "uniform" or not inside else "search" if searches else "global")
-    criterion = recipe.criterion
-    if criterion is None:
-        criterion = "taylor" if not dense else "obs-fisher" if allocate in ("global", "search") else "obs"
-    reconstruct = recipe.reconstruct
-    if reconstruct is None:
-        reconstruct = STEPS if recipe.effort == "max" and compensate == "sequential" else 0
-    generations = recipe.search_steps or GENERATIONS[recipe.effort]
-    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    seq_len = recipe.seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
-    return make_recipe(
-        recipe.model_dump(),
-        allocate=allocate,
-        criterion=criterion,
-        compensate=compensate,
-        reconstruct=reconstruct,
-        search_steps=generations if allocate == "search" else recipe.search_steps,
-        seq_len=seq_len,
-    )
-
-
-def compute_dtype(recipe: Recipe) -> torch.dtype | None:
-    """What blocks are computed in: on a CPU fp32 unless told otherwise, on a GPU what the checkpoint has."""
-    if recipe.dtype != "auto":
-        return _DTYPES[recipe.dtype]
-    return torch.float32 if recipe.device == "cpu" else None
-
-
-def calibrate(source: Source, recipe: Recipe, ids: torch.Tensor | None = None) -> Calibration:
-    """Calibration windows as the recipe says."""
-    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-
-    def sampler(samples: int, length: int, seed: int) -> torch.Tensor:
-        model = source.resident(compute_dtype(recipe), recipe.device)
-        return sample_from_model(model, source.get_tokenizer(), samples, length, seed)
-
-    what: Any = ids if ids is not None else recipe.calibration
-    tokenizer = cast(PreTrainedTokenizerBase, source.tokenizer) if ids is not None else source.get_tokenizer()
-    return load_calibration(
-        what,
-        tokenizer,
-        samples=recipe.samples,
-        seq_len=recipe.seq_len or DEFAULT_SEQ_LEN,
-        seed=recipe.seed,
-        sampler=sampler,
-        max_positions=limit,
-    )
 
 
 def plan_pruning(

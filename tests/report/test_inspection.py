@@ -16,7 +16,7 @@ from command import pared
 from pared.checkpoint import Checkpoint
 from pared.errors import ModelError
 from pared.report.inspection import SHARES, describe, inspect_model
-from pared.run import resolve_axes
+from pared.resolve import resolve_axes
 
 LLAMA_70B = {
     "model_type": "llama",

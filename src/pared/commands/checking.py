@@ -93,7 +93,7 @@ def inspect(
     from pared.report.console import emit_json, out, show
     from pared.report.inspection import describe, inspect_model
     from pared.report.tables import inspection
-    from pared.run import removable
+    from pared.resolve import removable
 
     described = describe(model)
     report = inspect_model(described, *removable(described.layout), align=align)
