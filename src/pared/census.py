@@ -41,19 +41,25 @@ def take_census(types: Iterable[str] | None = None) -> Iterator[Entry]:
 
 def examine(model_type: str) -> Entry:
     """One entry of the census."""
+    config = None
     try:
         config = CONFIG_MAPPING[model_type]()
         if why := _outside(config):
             return Entry(model_type, outside=why)
         config, per_layer = modeling.make_config(_complete(config).to_dict())
         if not _causal(config):
-            return Entry(model_type, outside="an encoder with a language-model head: its tokens see those behind them")
+            return Entry(model_type, outside=_ENCODER)
         return Entry(model_type, proved_layout(config, per_layer).proofs)
-    except ParedError as error:
-        return Entry(model_type, failed=error.what.splitlines()[0])
-    except (*modeling.REJECTED, RuntimeError, IndexError, ImportError, AssertionError, NotImplementedError) as error:
-        text = str(error).strip().splitlines()
-        return Entry(model_type, failed=f"{type(error).__name__}: {text[0] if text else ''}")
+    except (ParedError, *modeling.REJECTED, *_BROKEN) as error:
+        if getattr(config, "is_decoder", None) is False:
+            return Entry(model_type, outside=_ENCODER)
+        text = (error.what if isinstance(error, ParedError) else str(error)).strip().splitlines() or [""]
+        return Entry(model_type, failed=text[0] if isinstance(error, ParedError) else f"{type(error).__name__}: {text[0]}")
+
+
+_ENCODER = "an encoder with a language-model head: its tokens see those behind them"
+# What classes raise that can not be built or run at all here.
+_BROKEN = (RuntimeError, IndexError, ImportError, AssertionError, NotImplementedError)
 
 
 def _outside(config: PreTrainedConfig) -> str:
@@ -76,6 +82,7 @@ def _complete(config: PreTrainedConfig) -> PreTrainedConfig:
         fill |= {"layer_types": ["full_attention"] * layers if layers else None}
         fill |= {k: 8 for k in config.to_dict() if AXIS_OF_KEY.get(k) == "expert"}
         fill |= {k: 2 for k in config.to_dict() if k.endswith(("per_tok", "per_token"))}
+        fill |= {k: 1 for k in config.to_dict() if "shared_experts" in k or k.endswith("_group")}
         for key, value in fill.items():
             if getattr(config, key, 0) is None and value:
                 setattr(config, key, value)

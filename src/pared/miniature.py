@@ -200,7 +200,7 @@ def _is_width(key: str) -> bool:
     return axis_of_key(key).endswith("ffn")
 
 
-_WIDTH = re.compile(r"intermediate_size|ffn_hidden_size|ffn_dim|ffn_size|dim_ff|n_inner|inner_dim|dff")
+_WIDTH = re.compile(r"intermediate_size|ffn_hidden_size|ffn_dim|ffn_size|ff_dim|dim_ff|n_inner|inner_dim|dff")
 
 
 def axis_of_key(key: str) -> str:

@@ -94,6 +94,8 @@ def _attach_per_layer(model: PreTrainedModel, per_layer: PerLayer) -> None:
     base = type(model.config)
     kind = type(base.__name__, (PerLayerConfigMixin, base), {})
     for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
+        if type(config) is not base:
+            continue  # a part for another modality
         config.__class__ = kind
         attach(config, per_layer)
 

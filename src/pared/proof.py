@@ -88,7 +88,7 @@ def _attempt(model: PreTrainedModel, layout: Layout, axis: str, found: Discovere
         return first
     if axis == "layer":
         fixed = layout.before_another_kind()
-        if not fixed or len(fixed) >= layout.num_layers - 1:
+        if not fixed:
             return first
         second = _tried(model, replace(layout, fixed_layers=fixed), axis, found, stock=True)
         return replace(second, tail=True) if second.holds else first
