@@ -374,7 +374,7 @@ def test_the_vocabulary_and_the_blocks_share_one_budget(made: Any, tmp_path: Pat
     plan = prune(dense, remove=alone.removed / 2, dry_run=True, **settings, **rest).plan
     assert plan.after.block_params == plan.before.block_params and plan.removed == pytest.approx(alone.removed)
     with pytest.raises(UsageError, match=rf"vocab, kv, query, ffn can give between {alone.removed:.1%} and"):
-        prune(dense, remove=0.99, **settings, **rest)
+        prune(dense, remove=0.99, **settings, **{**rest, "criterion": "taylor", "calibration": "never-read.txt"})
 
 
 def test_a_refit_goes_with_a_pruned_vocabulary(made: Any, tmp_path: Path) -> None:
@@ -457,3 +457,14 @@ def test_the_shipped_model_loses_tokens(storyteller: Path, tmp_path: Path) -> No
     assert [kept[i] for i in new(text.read_text())["input_ids"]] == old(text.read_text())["input_ids"]
     for other in UNSEEN:
         assert new.decode(new(other)["input_ids"]) == old.decode(old(other)["input_ids"])
+
+
+def test_a_tokenizer_that_is_given_takes_the_place_of_the_one_beside_the_weights(made: Any, tmp_path: Path) -> None:
+    dense, _, text = made("byte-level")
+    words = vocabs.tokenizer("byte-level", extra=("<other>",))
+    result = run(dense, text, tmp_path / "out", tokenizer=words)
+    new = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert new.get_vocab() == result.tokenizer.get_vocab()  # type: ignore[union-attr]
+    assert "<other>" in new.get_vocab() and "<tool>" not in new.get_vocab()
+    kept = kept_of(tmp_path / "out")
+    assert [kept[i] for i in new(KEPT[0])["input_ids"]] == words(KEPT[0])["input_ids"]

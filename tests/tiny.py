@@ -150,6 +150,12 @@ def model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     return built
 
 
+def heads_unproved() -> PreTrainedModel:
+    """A model whose heads lie in four partitions (CodeGen), as no layout that is tried has them."""
+    settings = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 8, "rotary_dim": 4, "n_positions": 64}
+    return AutoModelForCausalLM.from_config(transformers.CodeGenConfig(**settings)).eval()
+
+
 def tokens(rows: int = 6, length: int = 16, *, seed: int = 3) -> Tensor:
     """Token ids int64 [rows, length], no special ones among them."""
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -13,9 +13,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from pared import modeling
 from pared.discovery import miniature_of
 from pared.errors import ModelError, ParedError
-from pared.miniature import probe_ids, random_model
+from pared.miniature import AXIS_OF_KEY, probe_ids, random_model
 from pared.proof import proved_layout
-from pared.structure import HEAD_DIM, HEADS, HIDDEN, Proof
+from pared.structure import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, Proof
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,20 @@ def _outside(config: PreTrainedConfig) -> str:
 
 
 def _complete(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A default config whose class leaves the head size open but can not do without it, as its checkpoints do not."""
+    """A default config whose class leaves sizes open that it can not do without: they are filled in as checkpoints do."""
     try:
         modeling.skeleton(config)
+        return config
     except ModelError:
-        if getattr(config, HEAD_DIM, 0) is None:
-            setattr(config, HEAD_DIM, getattr(config, HIDDEN) // getattr(config, HEADS))
-    return config
+        heads, layers = getattr(config, HEADS, None), getattr(config, LAYERS, None)
+        fill = {HEAD_DIM: getattr(config, HIDDEN) // heads if heads else None, KV_HEADS: heads}
+        fill |= {"layer_types": ["full_attention"] * layers if layers else None}
+        fill |= {k: 8 for k in config.to_dict() if AXIS_OF_KEY.get(k) == "expert"}
+        fill |= {k: 2 for k in config.to_dict() if k.endswith(("per_tok", "per_token"))}
+        for key, value in fill.items():
+            if getattr(config, key, 0) is None and value:
+                setattr(config, key, value)
+        return type(config).from_dict(config.to_dict())
 
 
 def _causal(config: PreTrainedConfig) -> bool:

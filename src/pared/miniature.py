@@ -152,6 +152,8 @@ def _shrink(config: PreTrainedConfig, layers: tuple[int, ...], scale: Scale, siz
             small[key] = (min(1, value) if isinstance(value, int) else value) if scale.special_tokens else None
         elif key.endswith("sliding_window") and value:
             small[key] = 8
+        elif key.endswith("vocab_size") and isinstance(value, int):
+            small[key] = _VOCABULARY
         elif key.startswith("rope_") and isinstance(value, dict):
             small[key] = _plain_rope(value)
         elif isinstance(value, dict) and key in config.sub_configs:  # parts for other modalities
@@ -214,7 +216,9 @@ def _ratio(config: PreTrainedConfig, data: dict[str, Any]) -> dict[str, Any]:
     """Heads and widths by one power of two, so that what is said of one in terms of another stays true."""
     widths = {raw_key(config, HIDDEN), *(k for k in AXIS_OF_KEY if AXIS_OF_KEY[k] != "expert"), "mamba_d_ssm", "lru_width"}
     scaled = {
-        k: v for k, v in data.items() if isinstance(v, int) and v > 1 and (k in widths or k.endswith(("heads", "n_head")))
+        k: v
+        for k, v in data.items()
+        if isinstance(v, int) and v > 1 and (k in widths or k.endswith(("heads", "n_head", "groups")))
     }
     hidden = scaled.get(raw_key(config, HIDDEN), 0)
     by = max(1, math.gcd(*scaled.values())) if scaled else 1

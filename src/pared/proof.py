@@ -209,7 +209,7 @@ def _skip_layers(model: PreTrainedModel, layout: Layout, plan: Plan) -> None:
         def skip(*args: Any, _original: Callable[..., Any] = original, **kwargs: Any) -> Any:
             out = _original(*args, **kwargs)
             entered = args[0] if args else kwargs["hidden_states"]
-            return (entered, *out[1:]) if isinstance(out, tuple) else entered
+            return (entered, *out[1:]) if isinstance(out, tuple | list) else entered
 
         layers[i].forward = skip
 

@@ -62,13 +62,14 @@ class Words:
         files: dict[str, bytes] = {}
         if checkpoint is not None:
             files = {place_of(p): p.read_bytes() for p in checkpoint.side_files()}
+        given = tokenizer is not None
         if tokenizer is None:
             if checkpoint is None:
                 raise UsageError("pruning the vocabulary needs the tokenizer", where="structures", fix="pass tokenizer=")
             tokenizer = load_tokenizer(checkpoint.path, config)
-        carried = TOKENIZER in files
+        carried = TOKENIZER in files and not given
         if not carried:
-            # Another form of the same vocabulary, or no file at all: transformers writes tokenizer.json from it.
+            # Another form of the same vocabulary, or no file of this tokenizer: transformers writes tokenizer.json from it.
             files |= _saved(tokenizer)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or TOKENIZER not in files:
@@ -284,7 +285,7 @@ def spelt(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> list[str]:
 def load_tokenizer(path: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """The tokenizer in a directory. ModelError where there is none, MissingError where it needs a package."""
     try:
-        return AutoTokenizer.from_pretrained(path, config=config)
+        return AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
     except ImportError as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "a package is missing").strip()
         raise MissingError(f"the tokenizer can not be loaded: {reason}", where=path, fix="install what it asks for") from error

@@ -519,6 +519,10 @@ def prune(
         if recipe.keep_tokens_from is not None:
             budget = _budget(source, recipe, ("vocab",), recipe.share)
             vocabulary = keep_tokens(source.words(), recipe, budget, alone=not axes, progress=progress)
+            if axes:
+                budget = _budget(source, recipe, axes, recipe.share)
+                budget.vocab = len(vocabulary.kept)
+                check_amount(budget, recipe.allocate or "uniform")
         wanted = axes and (get_criterion(recipe.criterion or "").needs != "weights" or (not dry_run and _compensates(recipe)))
         text = calibrate(source, recipe, ids) if wanted else None
         plan, scores = plan_pruning(source, recipe, calibration=text, vocabulary=vocabulary, progress=progress)

@@ -199,8 +199,8 @@ class Stream:
         """One block on one batch of hidden states [b, s, hidden]."""
         call = self._calls[tuple(hidden.shape[:2])][i]
         out = block(hidden_states=hidden, **call.kwargs) if call.by_name else block(hidden, *call.args, **call.kwargs)
-        self._tuples = isinstance(out, tuple)
-        return out[0] if isinstance(out, tuple) else out
+        self._tuples = isinstance(out, tuple | list)
+        return out[0] if self._tuples else out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [b, s, vocab] from the hidden states that leave the last block. Needs `outside(front=False)`."""

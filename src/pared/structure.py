@@ -213,7 +213,7 @@ def keep_layers(data: Mapping[str, Any], kept: list[int], total: int) -> dict[st
 
     def per_layer(key: str, value: Any) -> bool:
         listed = isinstance(value, list) and len(value) == total and "token" not in key
-        return listed and not any(isinstance(x, float) for x in value)
+        return listed and not (len(value) <= 2 and any(isinstance(x, float) for x in value))
 
     return {k: [v[i] for i in kept] if per_layer(k, v) else v for k, v in data.items()}
 

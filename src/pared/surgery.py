@@ -35,17 +35,17 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
     if (new := plan.numbering(layout)) is not None:
         data = remap_ids(data, new, "config.json")
     data[config.attribute_map.get(LAYERS, LAYERS)] = len(sources)
-    if theirs := {int(i): e for i, e in (data.get(PER_LAYER) or {}).items()}:  # of families that say it by themselves
-        data[PER_LAYER] = {i: theirs[source] for i, source in enumerate(sources) if source in theirs}
+    if said := {int(i): e for i, e in (data.get(PER_LAYER) or {}).items()}:  # of families that say it by themselves
+        data[PER_LAYER] = {i: said[source] for i, source in enumerate(sources) if source in said}
     changed = {a for i, own in enumerate(shapes) for a in own if own[a] != layout.layer_sizes[sources[i]].get(a)}
     stock = all(layout.proofs[a].stock for a in changed | shared.keys() if a in layout.proofs)
     if getattr(config, "is_heterogeneous", False):
         together = {a: n for a, n in together.items() if a in changed}  # what else they differ in is the family's own way
     if stock and all(together[a] == n for s in shapes for a, n in s.items() if a in together):
         # The layers' own sizes say what a config leaves open; where it says a size, that is what may have to change.
-        said = {a: n for i in sources for a, n in layout.layer_sizes[i].items()} | sizes_of(config, layout.keys)
+        dense = {a: n for i in sources for a, n in layout.layer_sizes[i].items()} | sizes_of(config, layout.keys)
         try:
-            changes = resize(config, layout.keys, {**_changed(together, said), **shared})
+            changes = resize(config, layout.keys, {**_changed(together, dense), **shared})
             return _build(config, {**data, **changes}), {}
         except ModelError:
             if plan.shape == "uniform":

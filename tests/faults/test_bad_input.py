@@ -288,9 +288,15 @@ def test_a_result_has_to_be_named_unless_nothing_is_written(tmp_path: Path, mode
 
 
 def test_an_axis_that_is_not_proved_is_refused_with_the_reason(tmp_path: Path) -> None:
+    model = tiny.save(tiny.heads_unproved(), tmp_path / "model")
+    done = refused(tmp_path, 3, "prune", model, "-o", tmp_path / "out", "--structures", "kv", *PLAIN)
+    assert "kv" in done.err.splitlines()[0] and "--structures" in done.err
+
+
+def test_sizes_without_words_in_the_config_are_refused_with_the_way_out(tmp_path: Path) -> None:
     model = tiny.save(tiny.model("bloom"), tmp_path / "model")
-    done = refused(tmp_path, 3, "prune", model, "-o", tmp_path / "out", "--structures", "hidden", *PLAIN)
-    assert "hidden" in done.err.splitlines()[0] and "--structures" in done.err
+    for structures in ((), ("--structures", "kv")):
+        refused(tmp_path, 3, "prune", model, "-o", tmp_path / "out", *structures, *PLAIN, words=("--shape per-layer",))
 
 
 def test_a_plan_that_does_not_fit_is_refused(tmp_path: Path, model: Path) -> None:
