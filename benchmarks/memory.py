@@ -24,7 +24,7 @@ MODES = {
     "taylor": "pared, criterion taylor",
     "l2": "pared, criterion l2",
     "obs": "pared, criterion obs",
-    "default": "pared, obs with sequential refit (nothing written)",
+    "default": "pared prune with default effort (nothing written)",
 }
 
 
@@ -36,12 +36,10 @@ def work(mode: str, path: str) -> dict[str, float]:
     import transformers
 
     from pared.calibration import Batch
-    from pared.compensate import compensate
     from pared.criteria import get_criterion
     from pared.estimate import estimate
     from pared.evaluate.speed import peak_memory_bytes
-    from pared.recipe import make_recipe
-    from pared.run import plan_pruning
+    from pared.run import prune
     from pared.source import Source
     from pared.stream import Stream
 
@@ -54,15 +52,11 @@ def work(mode: str, path: str) -> dict[str, float]:
         for row in ids.split(2):
             (model(input_ids=row, labels=row, use_cache=False).loss / 5).backward()
     elif mode != "imports":
-        source = Source.open(path)
-        stream = Stream(source.runnable, source.layout)
         if mode == "default":
-            recipe = make_recipe(remove=0.2, criterion="l2", compensate="none")
-            plan, _ = plan_pruning(source, recipe)
-            estimate(stream, get_criterion("obs"), ("kv", "ffn"), batches)
-            for _ in compensate(stream, plan, batches):
-                pass
+            prune(path, remove=0.2, calibration=ids, batch=2, dry_run=True)
         else:
+            source = Source.open(path)
+            stream = Stream(source.runnable, source.layout)
             estimate(stream, get_criterion(mode), ("kv", "ffn"), batches)
     return {
         "seconds": time.perf_counter() - started,
