@@ -69,7 +69,7 @@ def test_the_cost_of_any_removal_is_the_error_that_the_best_refit_leaves() -> No
         kept = torch.tensor([i for i in range(9) if i not in gone])
         best = refit(problem, w, kept, 1e-12)
         assert total == pytest.approx(problem.error(best, kept), rel=1e-2)
-        assert torch.allclose(state.v, best, atol=1e-3), "what is left is the refit itself"
+        assert torch.allclose(state.weights, best, atol=1e-3), "what is left is the refit itself"
         at_once = Elimination(problem.c, w, damping=1e-12)
         assert float(at_once.costs(torch.tensor([gone]))[0]) == pytest.approx(total, rel=1e-3)
 

@@ -20,14 +20,22 @@ ROUNDS = 128
 
 
 class Elimination:
-    """The state of removing columns of one consumer: V [out, left] and H [left, left], float64, down-dated as they go."""
+    """The state of removing columns of one consumer: V [out, n] and H [n, n], float64, down-dated as columns go.
+
+    Those that are gone are dropped from the matrices now and then.
+    """
 
     def __init__(self, c: Tensor, w: Tensor, *, damping: float = DAMPING) -> None:
         c = c.double()
         eye = torch.eye(len(c), dtype=torch.float64, device=c.device)
         self.h = torch.cholesky_inverse(cholesky(c + ridge(c, damping) * eye))
         self.v = w.double().clone()
-        self._place = torch.arange(len(c), device=c.device)  # of each original column among those left
+        self._place = torch.arange(len(c), device=c.device)  # of each original column in the matrices, -1 for those gone
+
+    @property
+    def weights(self) -> Tensor:
+        """V of the columns that stay, in their order: [out, left]."""
+        return self.v[:, self._place[self._place >= 0]]
 
     def costs(self, blocks: Tensor) -> Tensor:
         """Of removing each block of columns alone: blocks int64 [units, columns] -> float64 [units]."""
@@ -42,17 +50,16 @@ class Elimination:
     def remove(self, columns: Tensor) -> None:
         """Take columns (by their original number) out and let those that stay make up for them."""
         gone = self._place[columns]
-        stay = torch.ones(len(self.h), dtype=torch.bool, device=gone.device)
-        stay[gone] = False
-        if bool(stay.any()):
-            gain = torch.cholesky_solve(self.h[gone][:, stay], cholesky(self.h[gone][:, gone]))
-            self.v = self.v[:, stay] - self.v[:, gone] @ gain
-            self.h = self.h[stay][:, stay] - self.h[stay][:, gone] @ gain
-        else:
-            self.v, self.h = self.v[:, stay], self.h[stay][:, stay]
-        left = self._place >= 0
-        left[columns] = False
-        self._place = torch.where(left, torch.cumsum(left, 0) - 1, -1)
+        rows = self.h[gone]
+        gain = torch.cholesky_solve(rows, cholesky(rows[:, gone]))
+        self.h.addmm_(rows.T, gain, alpha=-1)
+        self.v.addmm_(self.v[:, gone], gain, alpha=-1)
+        self._place[columns] = -1
+        left = self._place[self._place >= 0]
+        # What is gone stays in the matrices until much of them is: copying them each time would cost more than the update.
+        if len(left) < 0.75 * len(self.h):
+            self.h, self.v = self.h[left][:, left], self.v[:, left]
+            self._place[self._place >= 0] = torch.arange(len(left), device=left.device)
 
 
 def elimination_costs(c: Tensor, w: Tensor, blocks: Tensor, *, damping: float = DAMPING, rounds: int = ROUNDS) -> Tensor:
