@@ -38,7 +38,8 @@ for path in sys.argv[1:]:
     saved = torch.load(path + "/../want.pt")
     ids = saved["ids"]
     with torch.no_grad():
-        assert torch.equal(model(input_ids=ids, use_cache=False).logits, saved["logits"]), path
+        # The other process may use another number of threads.
+        assert torch.allclose(model(input_ids=ids, use_cache=False).logits, saved["logits"], atol=1e-5), path
     cached, plain = (model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=c) for c in (True, False))
     assert torch.equal(cached, plain) and torch.equal(cached, saved["generated"]), path
     eager = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, attn_implementation="eager")
