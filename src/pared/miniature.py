@@ -85,7 +85,7 @@ class Miniature:
 def find_miniature(config: PreTrainedConfig, kinds: Iterable[Any]) -> Miniature:
     """The smallest instance that holds every kind of block of the model, builds, and gives finite logits.
 
-    kinds: of each layer of the model, as `kind_of` gives them. ModelError where there is none.
+    kinds: of each layer of the model, as `kinds_of` gives them. ModelError where there is none.
     """
     wanted, keys = list(kinds), kind_keys(config)
     reasons: dict[str, None] = {}
@@ -251,7 +251,11 @@ def probe_ids(rows: int = 2) -> Tensor:
 def check_runs(config: PreTrainedConfig) -> None:
     """ModelError unless the random instance of this config gives logits that mean something."""
     with torch.no_grad():
-        logits = random_model(config)(input_ids=probe_ids(), use_cache=False).logits
+        check_logits(random_model(config)(input_ids=probe_ids(), use_cache=False).logits)
+
+
+def check_logits(logits: Tensor) -> None:
+    """ModelError where logits could hide what a tensor does: not finite, or all alike."""
     if not torch.isfinite(logits).all() or float(logits.std()) < 1e-3:
         raise ModelError("the random instance gives no meaningful logits")
 

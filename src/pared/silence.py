@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pared import modeling
 from pared.axes import Signature, coordinates, names, parse, size
+from pared.errors import ModelError
 from pared.miniature import Miniature, probe_ids, random_model
 from pared.per_layer import blocks
 from pared.structure import HEADS, Layout, raw_key
@@ -32,28 +33,25 @@ _HIDDEN, _UNKNOWN = parse("hidden").dims[0], parse("_").dims[0]
 def tied_axes(config: PreTrainedConfig, layout: Layout, candidates: Mapping[str, list[str]]) -> Tied:
     """What can be said of dimensions that shapes leave open, in the random instance of `config`, whose layout this is.
 
-    Where heads have no size of their own in the config, every hidden-sized dimension may hold heads. An FFN whose width no key of the config says is found here too, as the axis "ffn".
+    Where heads have no size of their own in the config, every hidden-sized dimension may hold heads. An FFN whose width
+    no key of the config says is found here too, as the axis "ffn".
     """
     model = random_model(config)
     out: Tied = {}
     seen: set[tuple[str, ...]] = set()
     for i in range(layout.num_layers):
-        names = layout.block_tensors(i)
-        kind = tuple(layout.local(n) for n in names)
+        held, sizes = layout.block_tensors(i), layout.sizes_at(i)
+        kind = tuple(layout.local(n) for n in held)
         if kind in seen:
             continue
         seen.add(kind)
         probe = _Probe(model, layout, i)
-        for name in [n for n in names if n in layout.consumers and len(layout.shapes[n]) == 2]:
+        for name in [n for n in held if n in layout.consumers and len(layout.shapes[n]) == 2]:
             dim = layout.consumers[name]
             if layout.tensors[name].dims[1 - dim] != _HIDDEN:
                 continue  # what reads heads or FFN channels writes to the residual stream
-            node, heads = layout.tensors[name].dims[dim], size(_HEADS[0].dims[0], layout.sizes_at(i))
-            if (
-                node == _HIDDEN
-                and layout.shapes[name][dim] == heads
-                and max(layout.sizes_at(i)["kv"], layout.sizes_at(i)["query"]) > 1
-            ):
+            node, heads = layout.tensors[name].dims[dim], size(_HEADS[0].dims[0], sizes)
+            if node == _HIDDEN and layout.shapes[name][dim] == heads and max(sizes["kv"], sizes["query"]) > 1:
                 _find_heads(probe, name, dim, out)
             if node == _UNKNOWN and "ffn" not in layout.keys:
                 _find_ffn(probe, name, dim, out)
@@ -186,7 +184,7 @@ def head_arguments(small: Miniature, base: PreTrainedConfig) -> dict[str, int]:
     try:
         few = _arguments(base)
         many = _arguments(small.make(**{heads: 2 * getattr(base, HEADS)}))
-    except (*modeling.REJECTED, modeling.ModelError, RuntimeError, IndexError):
+    except (*modeling.REJECTED, ModelError, RuntimeError, IndexError):
         return {}
     out = {}
     for name, shape in few.items():
