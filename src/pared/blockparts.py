@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pared import surgery
 from pared.axes import Name, Selection, names, take
+from pared.spill import States
 from pared.stream import Stream
 from pared.structure import Layout
 
@@ -27,9 +28,9 @@ class Observed:
     before, the producers that read one tensor).
     """
 
-    after: list[Tensor] = field(default_factory=list)
-    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    after: States
+    outputs: dict[str, States] = field(default_factory=dict)
+    inputs: dict[str, States] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     groups: list[tuple[int, list[str]]] = field(default_factory=list)
 
@@ -40,10 +41,10 @@ class Observed:
 
 
 def observe(
-    stream: Stream, block: nn.Module, i: int, x: Sequence[Tensor], consumers: Sequence[str], producers: Sequence[str]
+    stream: Stream, block: nn.Module, i: int, x: States, consumers: Sequence[str], producers: Sequence[str]
 ) -> Observed:
     """Run a block on every batch, and see what its consumers give and its producers read."""
-    seen = Observed()
+    seen = Observed(stream.pool.store())
     first: list[tuple[int, str, Tensor]] = []  # of the first batch: which producers share an input
     now: list[Tensor] = []  # what enters the block
     handles = []
@@ -53,7 +54,8 @@ def observe(
             if name not in seen.outputs:
                 seen.order.append(name)
             # MLPs beside experts see tokens of all sequences in one row.
-            seen.outputs.setdefault(name, []).append(output.reshape(*now[0].shape[:2], -1))
+            given = seen.outputs.setdefault(name, stream.pool.store())
+            given.append(output.reshape(*now[0].shape[:2], -1))
 
         handles.append(_owner(block, name).register_forward_hook(gave))
     for name in producers:
@@ -64,7 +66,7 @@ def observe(
             if name not in seen.inputs:
                 same = next((n for done, n, t in first if t is args[0]), None)
                 first.append((len(seen.order), name, args[0]))
-                seen.inputs[name] = seen.inputs[same] if same else []
+                seen.inputs[name] = seen.inputs[same] if same else stream.pool.store()
                 if same:
                     next(g for _, g in seen.groups if same in g).append(name)
                 else:

@@ -12,12 +12,13 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -51,8 +52,10 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     trust_remote_code: bool = False
+    bytes_read: int = field(default=0, repr=False)
+    """Of weights, by this object."""
     _handles: dict[str, Any] = field(default_factory=dict, repr=False)
-    _digest: str | None = field(default=None, repr=False)
+    _digests: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, model: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -81,10 +84,25 @@ class Checkpoint:
         """The shards, sorted."""
         return sorted({t.file for t in self.tensors.values()})
 
-    def read(self, name: str) -> Tensor:
-        """A private copy of a tensor, on the CPU, in its own dtype."""
+    def read(self, name: str, dtype: torch.dtype | None = None, see: Callable[[Tensor], None] | None = None) -> Tensor:
+        """A private copy of a tensor, on the CPU, in its own dtype or, if it holds floating point numbers, in another.
+
+        see: is shown the tensor as the file has it, in flat slices.
+        """
         info = self._info(name)
-        return read_tensor(self.path / info.file, info)
+        digest = None if name in self._digests else hashlib.sha256()
+
+        def look(raw: memoryview, part: Tensor) -> None:
+            if digest is not None:
+                digest.update(raw)
+            if see is not None:
+                see(part)
+
+        out = read_tensor(self.path / info.file, info, dtype, look)
+        self.bytes_read += info.nbytes
+        if digest is not None:
+            self._digests[name] = digest.digest()
+        return out
 
     def slice(self, name: str) -> Any:
         """A lazy safetensors slice: index it to read a part. Valid until close()."""
@@ -105,16 +123,32 @@ class Checkpoint:
         self.close()
 
     def digest(self) -> str:
-        """sha256 over config.json and every shard: what a plan was made for. Reads all weights once."""
-        if self._digest is None:
-            total = hashlib.sha256()
-            for name in ["config.json", *self.files]:
-                # Name and length first, so that bytes can not move from one file to the next unseen.
-                total.update(f"{name}\0{(self.path / name).stat().st_size}\0".encode())
-                for chunk in chunks(self.path / name):
-                    total.update(chunk)
-            self._digest = total.hexdigest()
-        return self._digest
+        """sha256 over config.json and every tensor by name: what a plan was made for, however it is split into shards.
+
+        Tensors that were read already are not read again.
+        """
+        config = (self.path / "config.json").read_bytes()
+        total = hashlib.sha256(f"{len(config)}\0".encode() + config)
+        for name in sorted(self.tensors):
+            info = self.tensors[name]
+            if name not in self._digests:
+                one = hashlib.sha256()
+                for chunk in chunks(self.path / info.file, info.offset, info.nbytes):
+                    one.update(chunk)
+                self._digests[name] = one.digest()
+                self.bytes_read += info.nbytes
+            total.update(f"{name}\0{info.dtype}\0{list(info.shape)}\0".encode() + self._digests[name])
+        return total.hexdigest()
+
+    def stamp(self) -> dict[str, Any]:
+        """What tells this checkpoint from a changed one without reading weights: config, and each shard's size and time."""
+        config = hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()
+        found = {f: (self.path / f).stat() for f in self.files}
+        return {
+            "path": str(self.path.resolve()),
+            "config.json": config,
+            **{f: f"{s.st_size} bytes of {s.st_mtime_ns}" for f, s in found.items()},
+        }
 
     def side_files(self) -> list[Path]:
         """What a pruned copy carries over: tokenizer, generation config, chat templates, licence. Sorted by name.

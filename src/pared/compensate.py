@@ -45,6 +45,7 @@ from pared.estimate import Progress, silent
 from pared.leastsquares import DAMPING, Guarded, Moments2, Problem, refit, refit_guarded
 from pared.plan import LayerPlan, Plan, kept_sizes, layer_plan
 from pared.reconstruct import reconstruct
+from pared.spill import States
 from pared.stream import Stream, unpadded
 from pared.structure import Layout
 
@@ -133,27 +134,27 @@ class Walk:
         """What is not merely cut, in its final form."""
         return {**{n: self._cut(n, t) for n, t in self.whole.items()}, **self.changed}
 
-    def look(self, x: list[Tensor]) -> Observed:
+    def look(self, x: States) -> Observed:
         """The dense stream through the block, and what will be asked of it."""
         if self.gone or not self.keep:
-            return Observed([self.stream.run(self.block, self.i, h) for h in x])
+            return Observed(self.stream.through(self.block, self.i, x, keep=True))
         producers = self._producers() if self.method.mode == "sequential" and self.method.inputs else []
         return observe(self.stream, self.block, self.i, x, self._consumers(), producers)
 
-    def follow(self, x: list[Tensor], dense: Observed, pruned: list[Tensor]) -> list[Tensor]:
+    def follow(self, x: States, dense: Observed, pruned: States) -> States:
         """Choose, refit, and the pruned stream through what comes of it."""
         run, mode, after = self.stream.run, self.method.mode, dense.after
         if self.gone:
             return pruned  # the pruned stream passes it by
         if not self.keep:
-            return after if pruned is x else [run(self.block, self.i, h) for h in pruned]
+            return after if pruned is x else self.stream.through(self.block, self.i, pruned, keep=True)
         additive = self._additive(x, dense)
         if mode == "refit":
             pruned = x
         targets, differs = x, pruned is not x
         for stage, name in enumerate(dense.order if mode != "none" else []):
             if additive:
-                targets = [t + y for t, y in zip(targets, dense.outputs[name], strict=True)]
+                targets = self.stream.pool.store(t + y for t, y in zip(targets, dense.outputs[name], strict=True))
             if differs:
                 for group in dense.before(name):
                     self._refit_inputs(group, dense, dense.order[:stage], pruned)
@@ -175,7 +176,7 @@ class Walk:
                 seed=self.method.seed + self.i,
             )
             self.changed = {n: p.detach() for n, p in moved.named_parameters()}
-        return [run(moved, self.i, h) for h in pruned]
+        return self.stream.through(moved, self.i, pruned, keep=True)
 
     # ---- what there is in the block --------------------------------------------------------------------------------
 
@@ -192,7 +193,7 @@ class Walk:
         """Matrices that read the residual stream."""
         return [n for n in matrices(self.layout, self.i, self.weights) if self._axes(n) == {"hidden"}]
 
-    def _additive(self, x: list[Tensor], dense: Observed) -> bool:
+    def _additive(self, x: States, dense: Observed) -> bool:
         """Whether the block's output is its input plus the consumers' outputs: then the drift has a place in the target."""
         total = x[0] + sum((dense.outputs[n][0] for n in dense.order), torch.zeros_like(x[0]))
         return bool(dense.order) and bool(((total - dense.after[0]).norm() <= 1e-2 * (dense.after[0] - x[0]).norm()).item())
@@ -212,13 +213,14 @@ class Walk:
         device = next(iter(self.weights.values())).device
         return Moments2.zeros(n, out, device), Moments2.zeros(n, out, device)
 
-    def _refit_inputs(self, group: list[str], dense: Observed, before: list[str], pruned: list[Tensor]) -> None:
+    def _refit_inputs(self, group: list[str], dense: Observed, before: list[str], pruned: States) -> None:
         """Matrices that read the same input, so that on x' they give what they gave on x."""
         module = self._module(self._done(before))
         width = self._weight(group[0]).shape[1]
         fit, held = self._moments(width, width)
         seen = 0
-        for h, hidden in list(zip(dense.inputs[group[0]], pruned, strict=True))[: self.method.fit]:
+        fitted = slice(self.method.fit)
+        for h, hidden in zip(dense.inputs[group[0]][fitted], pruned[fitted], strict=True):
             now, _ = inputs_at(self.stream, module, self.i, group[0], [], hidden)
             seen = _split(fit, held, now, h, seen)
         dense.inputs[group[0]].clear()  # as large as the stream itself, and not needed again
@@ -231,9 +233,7 @@ class Walk:
             if bias is not None:
                 self.whole[bias_of(name)] = shift.to(bias)
 
-    def _refit(
-        self, name: str, before: list[str], pruned: list[Tensor], targets: list[Tensor] | None, outputs: list[Tensor]
-    ) -> None:
+    def _refit(self, name: str, before: list[str], pruned: States, targets: States | None, outputs: States) -> None:
         w, bias = self._weight(name), self._bias(name)
         module = self._module(self._done(before))
         fit, held = self._moments(w.shape[1], w.shape[0])

@@ -20,7 +20,8 @@ from pared.errors import ModelError, UsageError
 from pared.gradients import WeightGradients, forward_with_loss, next_token_loss, walk_back
 from pared.plan import to_ranges
 from pared.routing import Visits, expert_modules, watched
-from pared.stream import Stream, nothing_around, observed, unpadded
+from pared.spill import States
+from pared.stream import Stream, Visit, nothing_around, observed, unpadded
 from pared.structure import Layout
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -183,8 +184,8 @@ def make_group(layout: Layout, axis: str, layer: int, weights: Mapping[str, Tens
 
 def _activation_visitor(
     stream: Stream, axes: Sequence[str], score: Callable[[int, nn.Module, Stats], None], progress: Progress
-) -> Callable[[int, nn.Module, list[Tensor]], list[Tensor]]:
-    def visit(i: int, block: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
+) -> Visit:
+    def visit(i: int, block: nn.Module, hidden: States) -> States:
         weights = dict(block.named_parameters())
         watched: dict[str, Moments] = {}
         for axis in axes:
@@ -196,9 +197,9 @@ def _activation_visitor(
         def observe(name: str, x: Tensor, expert: int | None) -> None:
             watched[name].add(x, expert)
 
-        cosine, tokens, out = 0.0, 0, []
+        cosine, tokens, out = 0.0, 0, stream.pool.store()
         with observed(block, list(watched), observe):
-            for h in hidden:
+            for h in hidden.drain():
                 after = stream.run(block, i, h)
                 cosine += float(F.cosine_similarity(h.float(), after.float(), dim=-1).sum())
                 tokens += h.shape[0] * h.shape[1]
@@ -210,10 +211,8 @@ def _activation_visitor(
     return visit
 
 
-def _routing_visitor(
-    stream: Stream, score: Callable[[int, nn.Module, Stats], None], progress: Progress
-) -> Callable[[int, nn.Module, list[Tensor]], list[Tensor]]:
-    def visit(i: int, block: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
+def _routing_visitor(stream: Stream, score: Callable[[int, nn.Module, Stats], None], progress: Progress) -> Visit:
+    def visit(i: int, block: nn.Module, hidden: States) -> States:
         found: list[Routing] = []
 
         def see(visits: Visits) -> None:
@@ -223,7 +222,7 @@ def _routing_visitor(
             found[0].add(visits.index, visits.gate, torch.stack(norms, 1))
 
         with watched(expert_modules(stream.layout, i, block), see):
-            out = [stream.run(block, i, h) for h in hidden]
+            out = stream.through(block, i, hidden)
         score(i, block, Stats(routing=found[0] if found else None))
         progress("routing", i + 1, stream.num_layers)
         return out
@@ -275,11 +274,11 @@ class _SecondMoments:
 
 def _second_moment_visitor(
     stream: Stream, axes: Sequence[str], score: Callable[[int, nn.Module, Stats], None], progress: Progress
-) -> Callable[[int, nn.Module, list[Tensor]], list[Tensor]]:
-    def visit(i: int, block: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
+) -> Visit:
+    def visit(i: int, block: nn.Module, hidden: States) -> States:
         moments = _SecondMoments(block, consumers(stream, axes, i, block))
         with moments.observing:
-            out = [stream.run(block, i, h) for h in hidden]
+            out = stream.through(block, i, hidden)
         score(i, block, Stats(second_moments=moments.means()))
         progress("second moments", i + 1, stream.num_layers)
         return out
@@ -352,15 +351,15 @@ def _search_removals(
     scores.of[(None, "layer")] = value
 
 
-def _losses_without(stream: Stream, batches: Sequence[Batch], entered: list[Tensor], gone: list[int]) -> dict[int, float]:
+def _losses_without(stream: Stream, batches: Sequence[Batch], entered: States, gone: list[int]) -> dict[int, float]:
     """Mean loss with each further layer left out."""
-    paths: dict[int | None, list[Tensor]] = {None: entered}
+    paths: dict[int | None, States] = {None: entered}
     for i in range(stream.num_layers):
         if i in gone:
             continue
         before = paths[None]
         with stream.block(i) as block, torch.no_grad():
-            paths = {k: [stream.run(block, i, h) for h in hidden] for k, hidden in paths.items()}
+            paths = {k: stream.through(block, i, hidden, keep=True) for k, hidden in paths.items()}
         paths[i] = before
     tokens = sum(b.input_ids.shape[0] * (b.input_ids.shape[1] - 1) for b in batches)
     losses = {}

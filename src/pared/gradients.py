@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from pared.calibration import Batch
 from pared.errors import ModelError
+from pared.spill import States
 from pared.stream import Stream
 
 
@@ -23,8 +24,8 @@ class Backward:
     gradients: of the loss summed over tokens (the mean's would underflow in half precision). loss: its mean.
     """
 
-    inputs: list[list[Tensor]]
-    gradients: list[Tensor]
+    inputs: list[States]
+    gradients: States
     loss: float
     tokens: int
 
@@ -36,18 +37,18 @@ def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 def forward_with_loss(stream: Stream, batches: Sequence[Batch], *, keep_inputs: bool = True) -> Backward:
     """Forward over all batches; the loss is the mean over every predicted token of every batch."""
-    inputs: list[list[Tensor]] = []
+    inputs: list[States] = []
 
-    def visit(i: int, block: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
+    def visit(i: int, block: nn.Module, hidden: States) -> States:
         if keep_inputs:
             inputs.append(hidden)
-        return [stream.run(block, i, h) for h in hidden]
+        return stream.through(block, i, hidden, keep=keep_inputs)
 
     last = stream.forward(batches, visit)
     tokens = sum(b.input_ids.shape[0] * (b.input_ids.shape[1] - 1) for b in batches)
-    gradients, total = [], 0.0
+    gradients, total = stream.pool.store(), 0.0
     with stream.outside(front=False):
-        for hidden, batch in zip(last, batches, strict=True):
+        for hidden, batch in zip(last.drain(), batches, strict=True):
             rows = []
             # One sequence at a time: the logits of a large vocabulary are the largest tensor of all.
             for row, ids in zip(hidden.split(1), batch.input_ids.to(hidden.device).split(1), strict=True):
@@ -101,11 +102,10 @@ def walk_back(
                 p.requires_grad_(True)
             found = WeightGradients()
             with around(i, block) if around else contextlib.nullcontext():
-                for b, hidden in enumerate(inputs):
+                for b, hidden in enumerate(inputs.drain()):
                     state.gradients[b] = _through_block(
                         stream, block, i, hidden, state, b, parameters, found, squared, sequences
                     )
-                    inputs[b] = hidden.new_empty(0)
             for n, p in parameters.items():
                 p.requires_grad_(flags[n])
             with torch.no_grad():
@@ -128,19 +128,29 @@ def _through_block(
     parts = hidden.split(1) if squared else (hidden,)
     grads = state.gradients[b].split(1) if squared else (state.gradients[b],)
     through = []
+    names = {p: n for n, p in parameters.items()}
     for part, upstream in zip(parts, grads, strict=True):
         leaf = part.detach().requires_grad_(True)
-        with torch.enable_grad():
-            out = stream.run(block, i, leaf)
-            got = torch.autograd.grad(out, [leaf, *parameters.values()], upstream, allow_unused=True)
-        through.append(got[0])
         own = part.shape[0] * (part.shape[1] - 1)
-        for name, g in zip(parameters, got[1:], strict=True):
-            if g is not None:
-                if squared:
-                    _accumulate(found.squared, name, (g.float() / own).square_().div_(sequences))
-                _accumulate(found.first, name, g.float().div_(state.tokens))
-        del got
+
+        def take(p: nn.Parameter, own: int = own) -> None:
+            # Each gradient is added up and let go as soon as it is there: together they are as large as the block.
+            g, p.grad = p.grad, None
+            assert g is not None
+            if squared:
+                _accumulate(found.squared, names[p], (g.float() / own).square_().div_(sequences))
+            _accumulate(found.first, names[p], g.float().div_(state.tokens))
+
+        handles = [p.register_post_accumulate_grad_hook(take) for p in parameters.values()]
+        try:
+            with torch.enable_grad():
+                out = stream.run(block, i, leaf)
+                torch.autograd.backward(out, upstream, inputs=[leaf, *parameters.values()])
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert leaf.grad is not None
+        through.append(leaf.grad)
     return torch.cat(through)
 
 

@@ -160,30 +160,53 @@ class Weights:
                         where=where / self.checkpoint.tensors[name].file,
                     )
 
-    def load(self, names: Iterable[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
-        """Fill the named parameters of the model. dtype None keeps each tensor's own, as buffers do in any case."""
+    def load(
+        self,
+        names: Iterable[str],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        fetched: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Fill the named parameters of the model. dtype None keeps each tensor's own, as buffers do in any case.
+
+        fetched: what `fetch` gave for these names.
+        """
         wanted = [n for n in names if n in self.disk_names]
+        read = dict(self.fetch(wanted, dtype, device) if fetched is None else fetched)
         for target in wanted:
             if target not in self._converted:
-                owner, _, leaf = target.rpartition(".")
-                own = leaf in self.model.get_submodule(owner)._buffers
-                self._assign(target, self._read(self.disk_names[target][0], None if own else dtype, device))
+                self._assign(target, read.pop(self.disk_names[target][0]).to(device, non_blocking=True))
         if made := [n for n in wanted if n in self._converted]:
-            self._convert(made, dtype, device)
+            self._convert(made, {n: t.to(device, non_blocking=True) for n, t in read.items()}, device)
         self.model.tie_weights()
 
-    def _read(self, disk: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
-        tensor = self.checkpoint.read(disk)
-        if disk not in self._finite and tensor.is_floating_point():
+    def fetch(
+        self, names: Iterable[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """Read what the named parameters need: tensors in memory by their name on disk, for `load`. From any thread."""
+        out: dict[str, Tensor] = {}
+        for target in [n for n in names if n in self.disk_names]:
+            owner, _, leaf = target.rpartition(".")
+            own = target not in self._converted and leaf in self.model.get_submodule(owner)._buffers
+            for disk in self.disk_names[target]:
+                tensor = self._read(disk, None if own else dtype)
+                out[disk] = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+        return out
+
+    def _read(self, disk: str, dtype: torch.dtype | None) -> Tensor:
+        def finite(part: Tensor) -> None:
             # Both pass a NaN on, and neither needs a copy of the tensor.
-            if tensor.numel() and not all(bool(torch.isfinite(end)) for end in tensor.aminmax()):
+            if not all(bool(torch.isfinite(end)) for end in part.aminmax()):
                 raise ModelError(
                     f"{disk} holds values that are not finite",
                     where=self.checkpoint.path / self.checkpoint.tensors[disk].file,
                     fix="use a checkpoint whose weights are finite; pared verify lists all that are not",
                 )
-            self._finite.add(disk)
-        return tensor.to(device=device, dtype=dtype if dtype and tensor.is_floating_point() else None)
+
+        number = DTYPES.get(self.checkpoint.tensors[disk].dtype) is not None
+        tensor = self.checkpoint.read(disk, dtype, finite if number and disk not in self._finite else None)
+        self._finite.add(disk)
+        return tensor
 
     def _assign(self, target: str, tensor: Tensor) -> None:
         owner, _, leaf = target.rpartition(".")
@@ -195,9 +218,8 @@ class Weights:
         else:
             module._buffers[leaf] = tensor
 
-    def _convert(self, wanted: list[str], dtype: torch.dtype | None, device: torch.device | str) -> None:
+    def _convert(self, wanted: list[str], state: dict[str, Tensor], device: torch.device | str) -> None:
         """Tensors that are merged from or split out of others on disk (experts): transformers knows how."""
-        state = {disk: self._read(disk, dtype, device) for target in wanted for disk in self.disk_names[target]}
         for target in wanted:
             # The conversion casts to what the module has; each tensor keeps its own dtype instead.
             meta = self.model.get_parameter_or_buffer(target)

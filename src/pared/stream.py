@@ -9,7 +9,9 @@ resident already goes the same way, with nothing to load, so both give the same 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from pared import modeling
 from pared.calibration import Batch
 from pared.checkpoint import Checkpoint
 from pared.errors import ModelError
+from pared.spill import Pool, States
 from pared.structure import Layout
 
 
@@ -50,6 +53,7 @@ class Calls:
     by_name: bool
 
 
+Visit = Callable[[int, nn.Module, States], States]
 Around = Callable[[int, nn.Module], contextlib.AbstractContextManager[None]]
 
 
@@ -58,11 +62,33 @@ def nothing_around(i: int, block: nn.Module) -> contextlib.AbstractContextManage
     return contextlib.nullcontext()
 
 
+class _Ahead:
+    """Reads the block that comes next, in the order in which the last two came, while one is at work."""
+
+    def __init__(self, weights: modeling.Weights, layout: Layout, dtype: torch.dtype | None, device: torch.device) -> None:
+        self._fetch = functools.partial(weights.fetch, dtype=dtype, device=device)
+        self._layout = layout
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="pared-ahead")
+        self._last: int | None = None
+        self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
+
+    def take(self, i: int) -> dict[str, Tensor] | None:
+        """What was read of block i, None where it was not foreseen; begins with the one after it."""
+        foreseen, self._next = self._next, None
+        got = foreseen[1].result() if foreseen is not None and foreseen[0] == i else None
+        after = 2 * i - self._last if self._last is not None and abs(i - self._last) == 1 else i + 1 if i == 0 else -1
+        self._last = i
+        if 0 <= after < self._layout.num_layers:
+            self._next = after, self._reader.submit(self._fetch, self._layout.block_tensors(after))
+        return got
+
+
 class Stream:
     """A causal language model that runs block by block.
 
     Made from a checkpoint (blocks are read when they are used and freed after) or from a live model (nothing is moved).
-    dtype: what to compute in; None keeps the weights' own.
+    dtype: what to compute in; None keeps the weights' own. pool: where hidden states wait. ahead: read the next block
+    while one is at work, which takes the memory of one more.
     """
 
     def __init__(
@@ -72,8 +98,11 @@ class Stream:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        pool: Pool | None = None,
+        ahead: bool = False,
     ) -> None:
         self.layout, self.dtype, self.device = layout, dtype, torch.device(device)
+        self.pool = pool or Pool()
         if isinstance(source, PreTrainedModel):
             self.model, self.weights = source, None
             self.device = next(source.parameters()).device
@@ -82,6 +111,7 @@ class Stream:
             config, per_layer = modeling.make_config(source.config)
             self.model = modeling.skeleton(config, per_layer, dtype=dtype or modeling.checkpoint_dtype(source))
             self.weights = modeling.Weights(source, self.model)
+        self._ahead = _Ahead(self.weights, layout, dtype, self.device) if ahead and self.weights is not None else None
         self._layers = modeling.blocks(self.model)[1]
         self._calls: dict[tuple[int, ...], list[Calls]] = {}
         self.around: Around = nothing_around  # hangs around each block while all batches run through it
@@ -106,7 +136,7 @@ class Stream:
                 block.train(training)
             return
         names = self.layout.block_tensors(i)
-        self.weights.load(names, self.dtype, self.device)
+        self.weights.load(names, self.dtype, self.device, self._ahead.take(i) if self._ahead else None)
         modeling.fill_buffers(self.model, block, self.device)
         try:
             with _plain_experts(self.model):
@@ -139,9 +169,9 @@ class Stream:
     # ---- running ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def embed(self, batches: Sequence[Batch]) -> list[Tensor]:
+    def embed(self, batches: Sequence[Batch]) -> States:
         """The hidden states that enter block 0: for each batch [b, s, hidden]."""
-        entered: list[Tensor] = []
+        entered = self.pool.store()
         with self.outside(front=True):
             for batch in batches:
                 ids = batch.input_ids.to(self.device)
@@ -217,15 +247,17 @@ class Stream:
         with self._stand_ins([ignore] * last + [inject]):
             return self.model(inputs_embeds=placeholder, use_cache=False).logits
 
-    def forward(
-        self, batches: Sequence[Batch], visit: Callable[[int, nn.Module, list[Tensor]], list[Tensor]] | None = None
-    ) -> list[Tensor]:
+    def forward(self, batches: Sequence[Batch], visit: Visit | None = None) -> States:
         """All batches through all blocks. `visit` may take a block's place: (i, block, inputs) -> outputs."""
         hidden = self.embed(batches)
         for i in range(self.num_layers):
             with self.block(i) as block, torch.no_grad(), self.around(i, block):
-                hidden = [self.run(block, i, h) for h in hidden] if visit is None else visit(i, block, hidden)
+                hidden = self.through(block, i, hidden) if visit is None else visit(i, block, hidden)
         return hidden
+
+    def through(self, block: nn.Module, i: int, hidden: States, *, keep: bool = False) -> States:
+        """One block on every batch. What went in is given up on the way, unless `keep`."""
+        return self.pool.store(self.run(block, i, h) for h in (hidden if keep else hidden.drain()))
 
 
 def _agree(call: Calls, single: Calls) -> bool:

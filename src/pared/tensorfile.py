@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,19 +132,40 @@ def _entry(name: str, value: Any, path: Path, file: str, base: int) -> TensorInf
     return TensorInfo(name, file, dtype, tuple(shape), nbytes, base + offsets[0])
 
 
-def read_tensor(path: Path, info: TensorInfo) -> Tensor:
-    """A private copy of one tensor."""
-    data = torch.empty(info.nbytes, dtype=torch.uint8)
-    with path.open("rb") as stream:
+def read_tensor(
+    path: Path,
+    info: TensorInfo,
+    dtype: torch.dtype | None = None,
+    see: Callable[[memoryview, Tensor], None] | None = None,
+) -> Tensor:
+    """A private copy of one tensor, as `dtype` where it holds numbers of floating point.
+
+    Read a slice at a time, so that the file's own form and the other are never both whole. see: is shown each slice, as
+    bytes and as a flat tensor of the file's dtype.
+    """
+    own = DTYPES[info.dtype]
+    convert = dtype is not None and own.is_floating_point and dtype != own
+    out = torch.empty(info.shape, dtype=dtype if convert else own)
+    flat = out.reshape(-1)
+    per = CHUNK // own.itemsize
+    buffer = torch.empty(min(per, flat.numel()) if convert else 0, dtype=own)
+    with path.open("rb", buffering=0) as stream:
         stream.seek(info.offset)
-        view = data.numpy().data
-        done = 0
-        while done < info.nbytes:
-            got = stream.readinto(view[done:])
-            if not got:
-                raise ModelError(f"{info.name} can not be read: the file ends early", where=path, fix=_DAMAGED)
-            done += got
-    return data.view(DTYPES[info.dtype]).reshape(info.shape)
+        for at in range(0, flat.numel(), per):
+            part = flat[at : at + per]
+            raw = buffer[: len(part)] if convert else part
+            view = raw.view(torch.uint8).numpy().data
+            done = 0
+            while done < len(view):
+                got = stream.readinto(view[done:])
+                if not got:
+                    raise ModelError(f"{info.name} can not be read: the file ends early", where=path, fix=_DAMAGED)
+                done += got
+            if see is not None:
+                see(view, raw)
+            if convert:
+                part.copy_(raw)
+    return out
 
 
 def non_finite(path: Path, info: TensorInfo) -> str | None:

@@ -16,6 +16,7 @@ from pared.blockparts import bias_of, consumers_of, oriented, rebuilt, stored
 from pared.budget import Sizes
 from pared.elimination import Elimination, choose_units, elimination_costs
 from pared.leastsquares import DAMPING, Moments2, refit
+from pared.spill import States
 from pared.stream import Stream, observed
 from pared.structure import Layout
 
@@ -129,10 +130,10 @@ def measure_levels(
     stream: Stream,
     block: nn.Module,
     layer: int,
-    hidden: Sequence[Tensor],
+    hidden: States,
     axes: Sequence[str],
     fisher: Mapping[str, Tensor] | None = None,
-) -> tuple[list[Tensor], Levels]:
+) -> tuple[States, Levels]:
     """Run a dense block on all batches: its outputs, and its levels. axes: those that may shrink."""
     weights = {n: p.detach() for n, p in block.named_parameters()}
     layout, found = stream.layout, []
@@ -148,7 +149,7 @@ def measure_levels(
         by_name[name].moments.add_inputs(a)
 
     with observed(block, list(by_name), add):
-        out = [stream.run(block, layer, h) for h in hidden]
+        out = stream.through(block, layer, hidden, keep=True)
     for consumer in found:
         consumer.moments = consumer.moments.of_output(consumer.weight, consumer.bias)
     return out, Levels(layout, layer, found)

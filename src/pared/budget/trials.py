@@ -16,12 +16,13 @@ from pared.budget import Sizes
 from pared.budget.levels import Levels, measure_levels
 from pared.calibration import Batch
 from pared.compensate import Method, Walk
+from pared.spill import States
 from pared.stream import Stream
 
 Shape = Mapping[int, Sizes]  # layer -> units left of each axis that shrinks
 Key = tuple[tuple[str, int], ...]
 # (layer, block, dense hidden states that enter it) -> what leaves it of those that only levels need, the levels.
-LevelsAt = Callable[[int, nn.Module, list[Tensor]], tuple[list[Tensor], Levels]]
+LevelsAt = Callable[[int, nn.Module, States], tuple[States, Levels]]
 
 # Bytes of second moments that are kept between trials; where a model's are more, they are measured each time.
 KEPT = 2 << 30
@@ -48,7 +49,7 @@ class Judges:
         judged = self.judged[: -(-len(self.judged) // 2)]
         skip = len(self.measured)
 
-        def levels(i: int, block: nn.Module, dense: list[Tensor]) -> tuple[list[Tensor], Levels]:
+        def levels(i: int, block: nn.Module, dense: States) -> tuple[States, Levels]:
             return measure_levels(self.stream, block, i, dense[:skip], self.axes)
 
         return score_shapes(self.stream, levels, shapes, [], judged, only_seen=self.measured)
@@ -57,13 +58,13 @@ class Judges:
         judged = self.judged[: max(1, round(share * len(self.judged)))]
         skip = len(self.fit)
 
-        def levels(i: int, block: nn.Module, dense: list[Tensor]) -> tuple[list[Tensor], Levels]:
+        def levels(i: int, block: nn.Module, dense: States) -> tuple[States, Levels]:
             if i in self._levels:
-                return [], self._levels[i]
+                return self.stream.pool.store(), self._levels[i]
             _, made = measure_levels(self.stream, block, i, dense[:skip], self.axes)
             if self.stream.num_layers * made.nbytes <= KEPT:
                 self._levels[i] = made
-            return [], made
+            return self.stream.pool.store(), made
 
         return score_shapes(self.stream, levels, shapes, self.fit, judged)
 
@@ -102,7 +103,7 @@ def score_shapes(
     paths, on = [dense], [0] * len(shapes)
     for i in range(stream.num_layers):
         with stream.block(i) as block, torch.no_grad():
-            seen_only, here = levels(i, block, [*seen_only, *dense])
+            seen_only, here = levels(i, block, seen_only + dense)
             keys = [tuple(sorted(here.shrunk(shape.get(i, {})).items())) for shape in shapes]
             seen = Walk(stream, i, block, next((here.select(dict(k)) for k in keys if k), {}), method).look(dense)
             steps: dict[tuple[int, Key], int] = {(0, ()): 0}
@@ -116,7 +117,7 @@ def score_shapes(
                         after.append(walk.follow(dense, seen, before))
                     else:
                         module = here.module(stream, block, dict(key))
-                        after.append([stream.run(module, i, h) for h in before])
+                        after.append(stream.through(module, i, before, keep=True))
                 on[k] = steps[on[k], key]
             paths, dense = after, seen.after
     found = divergences(stream, paths[0][len(fit) :], [p[len(fit) :] for p in paths])
