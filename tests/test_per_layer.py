@@ -12,8 +12,9 @@ from torch import nn
 
 import tiny
 from pared.modeling import skeleton
-from pared.per_layer import HEADS, SHAPES, PerLayer, fit_, join, keep_heads_, make_block, split
+from pared.per_layer import HEADS, SHAPES, SKIP, SKIPPED, PerLayer, fit_, join, keep_heads_, make_block, split
 
+PARTS: dict[str, dict[str, int | None]] = {"attention": {"attn": 2, "norm": None}, "mlp": {"mlp": 0}}
 _ENTRIES = st.dictionaries(st.sampled_from(["num_attention_heads", "intermediate_size"]), st.integers(1, 64), max_size=2)
 _SHAPES = st.dictionaries(
     st.sampled_from(["a.weight", "b.bias"]),
@@ -27,13 +28,19 @@ _SHAPES = st.dictionaries(
     st.dictionaries(st.integers(0, 5), _ENTRIES),
     st.dictionaries(st.integers(0, 5), _SHAPES),
     st.dictionaries(st.integers(0, 5), st.lists(st.integers(0, 7), unique=True)),
+    st.dictionaries(st.integers(0, 5), st.lists(st.sampled_from(sorted(PARTS)), unique=True, min_size=1)),
 )
 def test_what_is_split_from_a_config_is_what_was_joined_to_it(
-    own: dict[int, dict[str, int]], shapes: dict[int, dict[str, Any]], kept: dict[int, list[int]]
+    own: dict[int, dict[str, int]],
+    shapes: dict[int, dict[str, Any]],
+    kept: dict[int, list[int]],
+    skips: dict[int, list[str]],
 ) -> None:
     per_layer: PerLayer = {i: dict(e) for i, e in own.items() if e}
     for i, s in shapes.items():
         per_layer.setdefault(i, {})[SHAPES] = s
+    for i, kinds in skips.items():
+        per_layer.setdefault(i, {}).update({SKIP: kinds, SKIPPED: {kind: PARTS[kind] for kind in kinds}})
     for i, k in kept.items():
         per_layer.setdefault(i, {})[HEADS] = {"kept": k, "of": 8, "arguments": {"alibi": 0}}
     rest, back = split({"model_type": "x", **join(per_layer)})

@@ -15,7 +15,8 @@ import tiny
 from pared.per_layer import split
 from pared.remote_code import FILE
 
-# family -> what is removed. Heads tied to the hidden size, ALiBi, learned positions, biases, experts, tied embeddings.
+# family -> what is removed. Heads tied to the hidden size, ALiBi, learned positions, biases, experts, tied
+# embeddings, sublayers.
 CASES: dict[str, tuple[str, ...]] = {
     "llama": ("kv", "query", "ffn"),
     "gemma2": ("query", "ffn"),
@@ -23,6 +24,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "gpt2": ("kv", "ffn"),
     "gpt_neox": ("hidden",),
     "bloom": ("kv", "ffn"),
+    "qwen3": ("attention", "mlp", "ffn"),
 }
 
 CHILD = """

@@ -76,7 +76,7 @@ def block_count(
 ) -> tuple[int, int]:
     """Parameters and multiply-adds for one token of one block under the given axis sizes. names: the block's, if known."""
     params = flops = 0
-    names = layout.block_tensors(source) if names is None else names
+    names = layout.remaining(layout.block_tensors(source) if names is None else list(names), sizes)
     for name in names:
         n = layout.parameters(name, sizes)
         params += n
@@ -95,5 +95,6 @@ def block_count(
 
 def cache_entries(layout: Layout, source: int, sizes: Mapping[str, int], names: Sequence[str] | None = None) -> int:
     """Entries that the key-value cache holds for one token in one block; 0 where nothing says that it attends."""
-    attends = any({"kv", "d"} <= layout.tensors[n].axes for n in (layout.block_tensors(source) if names is None else names))
+    names = layout.remaining(layout.block_tensors(source) if names is None else list(names), sizes)
+    attends = any({"kv", "d"} <= layout.tensors[n].axes for n in names)
     return 2 * sizes["kv"] * sizes["d"] if attends else 0

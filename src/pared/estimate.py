@@ -14,15 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pared.axes import names as names_in
 from pared.calibration import Batch
-from pared.criteria import Criterion, Group, Moments, Routing, Stats
+from pared.criteria import WHOLE, Criterion, Group, Moments, Routing, Stats
 from pared.errors import ModelError, UsageError
 from pared.gradients import WeightGradients, forward_with_loss, next_token_loss, walk_back
 from pared.plan import to_ranges
 from pared.routing import Visits, expert_modules, watched
 from pared.spill import States
 from pared.stream import Stream, Visit, nothing_around, observed, unpadded
-from pared.structure import Layout
+from pared.structure import Layout, sublayer_of
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -166,18 +167,21 @@ def make_group(layout: Layout, axis: str, layer: int, weights: Mapping[str, Tens
     sizes = layout.sizes_at(layer)
     axes = (layout.parents[axis], axis) if axis in layout.parents else (axis,)
     held, signatures, inputs = {}, {}, {}
-    for name in layout.block_tensors(layer):
+    names = layout.block_tensors(layer)
+    if axis in layout.sublayers:
+        names = [n for n in names if n not in layout.remaining(names, {axis: 0})]
+    for name in names:
         signature, local = layout.tensors[name], layout.local(name)
-        if local not in weights or not (axis == "layer" or set(axes) <= signature.axes):
+        if local not in weights or not (axis in WHOLE or set(axes) <= signature.axes):
             continue
         held[local], signatures[local] = weights[local], signature
         dim = layout.consumers.get(name)
-        if dim is not None and axis in signature.axes and dim in signature.dims_of(axis):
+        if dim is not None and any(axis in (a, sublayer_of(a)) for a in names_in(signature.dims[dim])):
             inputs[local] = dim
     if not held:
         return None
     units = 1
-    for a in axes if axis != "layer" else ():
+    for a in axes if axis not in WHOLE else ():
         units *= sizes[a]
     return Group(axis, axes, units, layer, held, signatures, sizes, inputs, reduction)
 

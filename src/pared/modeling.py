@@ -34,7 +34,7 @@ from transformers.utils import logging as hf_logging
 from pared import models
 from pared.checkpoint import Checkpoint
 from pared.errors import ModelError
-from pared.per_layer import PerLayer, PerLayerConfigMixin, attach, build_layers_, join, split
+from pared.per_layer import SKIP, SKIPPED, PerLayer, PerLayerConfigMixin, attach, build_layers_, join, split
 from pared.per_layer import blocks as find_blocks
 
 models.register()
@@ -57,6 +57,13 @@ def make_config(data: Mapping[str, Any]) -> tuple[PreTrainedConfig, PerLayer]:
             where="config.json",
             fix="check model_type, or upgrade transformers",
         )
+    for i, own in per_layer.items():
+        if missing := set(own.get(SKIP, ())) - set(own.get(SKIPPED, {})):
+            raise ModelError(
+                f"layer {i} does without its {min(missing)}, and {SKIPPED} does not say which parts of a block that is",
+                where="config.json",
+                fix="ask whoever made this checkpoint how to load it",
+            )
     try:
         config = CONFIG_MAPPING[model_type].from_dict(data)
         if getattr(config, "is_heterogeneous", False):

@@ -3,7 +3,8 @@
 Each block is made by its own class from its own config (`per_layer_config`). Where a class ties one size to another
 (GPT-2's heads to its hidden size), the modules in it that hold tensors are then made anew in the shapes that
 `per_layer_shapes` gives, and arguments with an entry for each head (ALiBi slopes) are reduced to the heads that
-`per_layer_heads` says are left. This file needs torch and transformers alone: per-layer checkpoints carry a copy of it,
+`per_layer_heads` says are left. A block without its attention or its MLP (`skip`) has stand-ins where the parts were that
+`per_layer_skipped` names. This file needs torch and transformers alone: per-layer checkpoints carry a copy of it,
 followed by two classes, for `trust_remote_code`.
 """
 
@@ -17,12 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
 # Entries of config.json: layer -> config entries; layer -> tensor in the block -> shape; and what became of the heads:
 # {"of": heads of the model, "arguments": {argument of a block: its dimension with heads}, "kept": layer -> indices}.
 PER_LAYER, SHAPES, HEADS = "per_layer_config", "per_layer_shapes", "per_layer_heads"
+# An entry of a layer in PER_LAYER, the kinds of sublayer that it does without; and an entry of config.json, which parts of
+# a block each kind is: {kind: {part: how many things it returns, 0 for a bare tensor; null: it hands its input on}}.
+SKIP, SKIPPED = "skip", "per_layer_skipped"
 
-# layer -> its entries of PER_LAYER, and under SHAPES and HEADS those of the other two.
+# layer -> its entries of PER_LAYER, and under SHAPES, HEADS and SKIPPED those of the other three.
 PerLayer = dict[int, dict[str, Any]]
 
 
@@ -35,12 +40,17 @@ def split(data: Mapping[str, Any]) -> tuple[dict[str, Any], PerLayer]:
     heads = rest.pop(HEADS, None) or {"kept": {}}
     for i, kept in heads["kept"].items():
         entries.setdefault(int(i), {})[HEADS] = {"kept": list(kept), "of": heads["of"], "arguments": heads["arguments"]}
+    parts = rest.pop(SKIPPED, None) or {}
+    for own in entries.values():
+        if known := {kind: dict(parts[kind]) for kind in own.get(SKIP, ()) if kind in parts}:
+            own[SKIPPED] = known
     return rest, entries
 
 
 def join(per_layer: PerLayer) -> dict[str, Any]:
     """The entries of config.json that say this."""
-    own = {str(i): {k: v for k, v in e.items() if k not in (SHAPES, HEADS)} for i, e in sorted(per_layer.items())}
+    apart = (SHAPES, HEADS, SKIPPED)
+    own = {str(i): {k: v for k, v in e.items() if k not in apart} for i, e in sorted(per_layer.items())}
     out: dict[str, Any] = {PER_LAYER: {i: e for i, e in own.items() if e}}
     if shapes := {str(i): {n: list(s) for n, s in e[SHAPES].items()} for i, e in sorted(per_layer.items()) if SHAPES in e}:
         out[SHAPES] = shapes
@@ -48,6 +58,11 @@ def join(per_layer: PerLayer) -> dict[str, Any]:
         first = next(iter(heads.values()))
         kept = {str(i): h["kept"] for i, h in heads.items()}
         out[HEADS] = {"of": first["of"], "arguments": first["arguments"], "kept": kept}
+    skipped: dict[str, dict[str, Any]] = {}
+    for e in per_layer.values():
+        for kind, parts in e.get(SKIPPED, {}).items():
+            skipped.setdefault(kind, {}).update(parts)
+    out[SKIPPED] = skipped
     return {k: v for k, v in out.items() if v}
 
 
@@ -56,7 +71,8 @@ def layer_config(config: PreTrainedConfig, entries: Mapping[str, Any]) -> PreTra
     own = copy.copy(config)
     own.__dict__.pop("_heterogeneity_spec", None)
     for key, value in entries.items():
-        if key not in ("skip", SHAPES, HEADS):
+        of_skipped = SKIP in entries and type(value) is int and value == 0  # the block is made whole, and parts taken out
+        if key not in (SKIP, SHAPES, HEADS, SKIPPED) and not of_skipped:
             setattr(own, key, value)
     return own
 
@@ -85,6 +101,8 @@ def make_block(like: nn.Module, config: PreTrainedConfig, index: int, entries: M
         _take_fitting_parts(
             block, {**_shapes(block), **shapes}, like, layer_config(config, {**entries, hidden: getattr(config, hidden)}), index
         )
+    for kind in entries.get(SKIP, ()):
+        skip_(block, entries[SKIPPED][kind], index)
     now = _shapes(block)
     fit_(block, {n: shape for n, shape in shapes.items() if now[n] != tuple(shape)})
     if heads := entries.get(HEADS):
@@ -162,6 +180,41 @@ def _resized(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Mod
         else:
             module._buffers[leaf] = new
     return module
+
+
+class Skipped(nn.Module):
+    """Stands where a part of a block was whose output is added to the hidden states: it gives zeros.
+
+    returns: how many things the part returned, the first of them its output; 0: that alone. Where it is handed a cache,
+    one number goes into it for each token: layers tell from it how many tokens there have been.
+    """
+
+    def __init__(self, returns: int, layer: int) -> None:
+        super().__init__()
+        self.returns, self.layer = returns, layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Cache):
+                count = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+                value.update(count, count, self.layer)
+        out = torch.zeros_like(hidden)
+        return (out, *[None] * (self.returns - 1)) if self.returns else out
+
+
+class Passed(nn.Module):
+    """Stands where a part of a block was that a skipped part read from or wrote to: it hands on what it is given."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+def skip_(block: nn.Module, parts: Mapping[str, int | None], layer: int) -> None:
+    """Put stand-ins in the place of the named parts of a block, as far as it has them."""
+    for name, returns in parts.items():
+        if name in block._modules:
+            setattr(block, name, Passed() if returns is None else Skipped(returns, layer))
 
 
 def keep_heads_(block: nn.Module, kept: list[int], total: int, arguments: Mapping[str, int]) -> None:

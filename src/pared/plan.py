@@ -55,11 +55,13 @@ class LayerPlan(BaseModel):
     """One layer of the result: the source layer that it is, and the units it keeps of each axis (not named: all).
 
     A nested axis (query heads in KV groups) lists one range for each kept unit of its parent.
+    skip: sublayers that it loses whole.
     """
 
     model_config = ConfigDict(extra="forbid")
     source: int = Field(ge=0)
     keep: dict[str, str | list[str]] = Field(default_factory=dict)
+    skip: list[Literal["attention", "mlp"]] = Field(default_factory=list)
 
 
 class Plan(BaseModel):
@@ -111,6 +113,7 @@ class Plan(BaseModel):
                     out[axis] = from_ranges(kept)
                 else:
                     out[axis] = _nested(axis, [from_ranges(row) for row in kept], layout)
+            out.update({kind: torch.zeros(0, dtype=torch.long) for kind in self.layers[layer].skip})
         return out
 
     def with_layer(self, i: int, layer: LayerPlan) -> Plan:
@@ -144,8 +147,17 @@ class Plan(BaseModel):
             if layer.source >= layout.num_layers:
                 raise UsageError(f"the plan keeps layer {layer.source} of a model of {layout.num_layers} layers", where="plan")
             sizes = layout.sizes_at(layer.source)
+            for kind in layer.skip:
+                if not sizes.get(kind):
+                    raise UsageError(
+                        f"the plan removes the {kind} of layer {layer.source}, which this model can not do without",
+                        where="plan",
+                        fix=_SIBLINGS,
+                    )
             for axis, kept in self.selection(i, layout).items():
                 index = kept.index if isinstance(kept, Nested) else kept
+                if axis in layer.skip:
+                    continue
                 if axis not in sizes or not index.numel() or int(index.max()) >= sizes[axis]:
                     raise UsageError(
                         f"the plan keeps units of {axis!r} in layer {layer.source} that this model does not have",
@@ -180,13 +192,14 @@ def kept_sizes(selection: Selection) -> dict[str, int]:
 
 
 def layer_plan(source: int, selection: Mapping[str, Tensor | Nested], sizes: Mapping[str, int]) -> LayerPlan:
-    """A LayerPlan from index tensors; axes that keep everything are left out."""
+    """A LayerPlan from index tensors; axes that keep everything are left out. Sublayers with no unit are skipped."""
     keep: dict[str, str | list[str]] = {}
+    skip: list[Any] = sorted(a for a, n in kept_sizes(selection).items() if n == 0)
     for axis, kept in selection.items():
-        whole = kept_sizes({axis: kept})[axis] == sizes[axis]
+        whole = kept_sizes({axis: kept})[axis] == sizes[axis] or axis in skip
         if isinstance(kept, Nested):
             if not whole:
                 keep[axis] = [to_ranges(sorted(row)) for row in kept.index.tolist()]
         elif not whole:
             keep[axis] = to_ranges(sorted(kept.tolist()))
-    return LayerPlan(source=source, keep=keep)
+    return LayerPlan(source=source, keep=keep, skip=skip)

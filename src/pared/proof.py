@@ -24,6 +24,7 @@ from pared.per_layer import PerLayer
 from pared.plan import LayerPlan, Plan, layer_plan, to_ranges
 from pared.routing import restricted
 from pared.structure import Layout, Proof, with_signatures
+from pared.sublayers import prove_sublayers, with_sublayers
 from pared.surgery import cut_model, fill, mask_
 
 TOLERANCE = 1e-5
@@ -42,7 +43,10 @@ def _proved(model_type: str, config_text: str, per_layer_text: str) -> Layout:
     layout, found = discover(config, per_layer)
     chosen, proofs = prove(found)
     fixed = layout.before_another_kind() if proofs["layer"].tail else frozenset()
-    return replace(with_signatures(layout, chosen), proofs=proofs, fixed_layers=fixed)
+    layout = replace(with_signatures(layout, chosen), proofs=proofs, fixed_layers=fixed)
+    model = random_model(found.config)
+    parts, whole = prove_sublayers(model, with_signatures(assemble(found.config, {}, found, model), chosen))
+    return with_sublayers(replace(layout, proofs=proofs | whole), parts, per_layer)
 
 
 def prove(found: Discovered) -> tuple[dict[str, str], dict[str, Proof]]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pared.errors import UsageError
 
-Structure = Literal["kv", "query", "ffn", "expert", "hidden", "layer", "vocab"]
+Structure = Literal["kv", "query", "ffn", "expert", "hidden", "layer", "attention", "mlp", "vocab"]
 # LLM-Pruner's names for what to remove, for people who come from it.
 STRATEGIES: dict[Any, tuple[str, ...]] = {"block-wise": ("kv", "ffn"), "channel-wise": ("hidden",), "layer-wise": ("layer",)}
 

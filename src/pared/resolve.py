@@ -14,7 +14,7 @@ from pared.effort import GENERATIONS, STEPS, tried
 from pared.errors import ModelError
 from pared.recipe import Recipe, make_recipe
 from pared.source import Source
-from pared.structure import Layout
+from pared.structure import SUBLAYERS, Layout
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_STRUCTURES = ("kv", "query", "ffn")
@@ -94,7 +94,9 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
     if not axes:
         return recipe
     inside = not {"layer", "hidden"} & set(axes)
-    dense = all(a in get_criterion("obs").axes_or(axes) and source.layout.parents.get(a) != "expert" for a in axes)
+    routed = {"expert", *(a for a, parent in source.layout.parents.items() if parent == "expert")}
+    inner = {a for a in axes if a not in SUBLAYERS} | (routed if "mlp" in axes else set())
+    dense = all(a in get_criterion("obs").axes_or(axes) and a not in routed for a in inner)
     quick = recipe.effort == "quick"
     compensate = recipe.compensate or ("refit" if quick and not recipe.reconstruct else "sequential")
     searches = (

@@ -22,6 +22,8 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = (
     "vocab_size",
 )
 TOP_K, GROUPS, TOP_GROUPS = "num_experts_per_tok", "n_group", "topk_group"
+# What a block is made of besides its residual stream; the words are those of transformers' `per_layer_config`.
+SUBLAYERS = ("attention", "mlp")
 # How configs spell the number of experts that a token visits where they do not map it to transformers' name.
 _TOP_K = re.compile(r"(experts?|moe)\w*(per_tok|top_?k$|_k$)|top_?k_experts$")
 
@@ -52,6 +54,8 @@ class Layout:
     head_arguments: arguments of a block with an entry for each head -> the dimension that they stand in.
     kept_heads: layers that have lost heads of these already -> those that are left, by their first index.
     fixed_layers: layers that can not go, because the model's class tells the kinds of its layers by their number.
+    sublayers: kind ("attention", "mlp") -> the parts of a block that it is made of, as `per_layer_skipped` says them; a
+    layer that has it has one unit of an axis of that name.
     follows: axis -> (the axis whose size it must have, times a factor), where one config key says both.
     runs: axis -> equal runs of units that have to keep as many each. least: axis -> the fewest units that can stay.
     """
@@ -70,6 +74,7 @@ class Layout:
     head_arguments: dict[str, int] = field(default_factory=dict)
     kept_heads: dict[int, list[int]] = field(default_factory=dict)
     fixed_layers: frozenset[int] = frozenset()
+    sublayers: dict[str, dict[str, int | None]] = field(default_factory=dict)
     follows: dict[str, tuple[str, int]] = field(default_factory=dict)
     runs: dict[str, int] = field(default_factory=dict)
     least: dict[str, int] = field(default_factory=dict)
@@ -84,6 +89,11 @@ class Layout:
     def block_tensors(self, layer: int) -> list[str]:
         start = f"{self.prefix}.{layer}."
         return [n for n in self.tensors if n.startswith(start)]
+
+    def remaining(self, names: list[str], sizes: Mapping[str, int]) -> list[str]:
+        """Those of a block's tensors that are left where `sizes` has no unit of some sublayers."""
+        gone = {part for kind, parts in self.sublayers.items() if sizes.get(kind) == 0 for part in parts}
+        return [n for n in names if self.local(n).split(".", 1)[0] not in gone] if gone else names
 
     def local(self, name: str) -> str:
         """A block tensor's name inside its block."""
@@ -116,6 +126,13 @@ class Layout:
         """Entries of one tensor, of the model as it is or under other axis sizes."""
         at = self.sizes_at(self.layer_of(name)) if sizes is None else sizes
         return count(self.tensors[name], at, self.shapes[name])
+
+
+def sublayer_of(axis: str) -> str | None:
+    """The sublayer that units of an axis are in; None for what whole blocks share."""
+    if axis in ("kv", "query"):
+        return "attention"
+    return "mlp" if axis.endswith("ffn") or axis == "expert" else None
 
 
 def sizes_of(config: PreTrainedConfig, keys: Mapping[str, str]) -> dict[str, int]:

@@ -16,9 +16,9 @@ from pared.axes import Selection, indices, names, parse, size, take, zero_
 from pared.errors import ModelError
 from pared.families import STAND_INS
 from pared.per_layer import HEADS as KEPT_HEADS
-from pared.per_layer import PER_LAYER, SHAPES, PerLayer, make_block
+from pared.per_layer import PER_LAYER, SHAPES, SKIP, SKIPPED, PerLayer, make_block
 from pared.plan import Plan, kept_sizes
-from pared.structure import HEAD_DIM, HEADS, LAYERS, Layout, block_entries, keep_layers, resize, sizes_of
+from pared.structure import HEAD_DIM, HEADS, LAYERS, Layout, block_entries, keep_layers, raw_key, resize, sizes_of
 from pared.vocabulary import remap_ids
 
 
@@ -39,6 +39,7 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
         data[PER_LAYER] = {i: said[source] for i, source in enumerate(sources) if source in said}
     changed = {a for i, own in enumerate(shapes) for a in own if own[a] != layout.layer_sizes[sources[i]].get(a)}
     stock = all(layout.proofs[a].stock for a in changed | shared.keys() if a in layout.proofs)
+    stock = stock and all(own.get(kind) != 0 for own in shapes for kind in layout.sublayers)
     if getattr(config, "is_heterogeneous", False):
         together = {a: n for a, n in together.items() if a in changed}  # what else they differ in is the family's own way
     if stock and all(together[a] == n for s in shapes for a, n in s.items() if a in together):
@@ -61,6 +62,7 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
         own = block_entries(config, layout.keys, sizes)
         entries[i] = {k: v for k, v in own.items() if v != getattr(target, k, None)}
         entries[i] |= _heads_entry(layout, config, sources[i], plan.selection(i, layout))
+        entries[i] |= _skip_entry(layout, config, sizes)
     _add_shapes(layout, plan, target, entries)
     return target, {i: own for i, own in entries.items() if own}
 
@@ -76,6 +78,18 @@ def _heads_entry(layout: Layout, config: PreTrainedConfig, source: int, keep: Se
     return {} if len(kept) == total else {KEPT_HEADS: {"kept": kept, "of": total, "arguments": layout.head_arguments}}
 
 
+def _skip_entry(layout: Layout, config: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The sublayers that a block does without, and which parts of it they are.
+
+    Their sizes are said to be 0 too: a model that does not read `skip` then refuses to be built, rather than invent weights.
+    """
+    gone = [kind for kind in layout.sublayers if sizes.get(kind) == 0]
+    axes = {"attention": ["kv", "query"], "mlp": [a for a in layout.keys if a.endswith("ffn") and a in sizes]}
+    said = [layout.keys.get(a, HEADS if a == "query" else "").partition(" * ")[0] for kind in gone for a in axes[kind]]
+    zero = {raw_key(config, key): 0 for key in said if key}
+    return {SKIP: gone, SKIPPED: {kind: layout.sublayers[kind] for kind in gone}, **zero} if gone else {}
+
+
 def rebuilt(
     block: nn.Module, model: PreTrainedModel, layout: Layout, layer: int, keep: Selection, tensors: Mapping[str, Tensor]
 ) -> nn.Module:
@@ -83,6 +97,9 @@ def rebuilt(
     config = model.config
     sizes = {**layout.sizes_at(layer), **kept_sizes(keep)}
     entries = {**block_entries(config, layout.keys, sizes), **_heads_entry(layout, config, layer, keep)}
+    entries |= _skip_entry(layout, config, sizes)
+    stays = layout.remaining([f"{layout.prefix}.{layer}.{n}" for n in tensors], sizes)
+    tensors = {n: tensors[n] for n in map(layout.local, stays)}
     entries[SHAPES] = {n: tuple(t.shape) for n, t in tensors.items()}
     with torch.device("meta"):
         made = make_block(block, config, layer, entries)
@@ -162,7 +179,7 @@ def cut_block(
     source = plan.layers[layer].source
     keep, sizes = plan.selection(layer, layout), layout.sizes_at(source)
     out: dict[str, Tensor] = {}
-    for name in layout.block_tensors(source):
+    for name in layout.remaining(layout.block_tensors(source), plan.sizes(layer, layout)):
         if name not in layout.tied:
             new = (changed or {}).get(layout.local(name))
             old = read(name)

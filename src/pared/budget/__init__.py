@@ -147,6 +147,8 @@ class Budget:
 
     def levels(self, axis: str, n: int) -> list[int]:
         """How many of n units of an axis with few may stay, from all of them down."""
+        if axis in self.layout.sublayers:
+            return list(range(n, -1, -1))
         return list(range(n, max(1, self.layout.least.get(axis, 1)) - 1, -self.layout.runs.get(axis, 1))) or [n]
 
     def unreachable(self, most: float) -> UsageError:

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from pared.budget import Budget, Sizes
 from pared.estimate import Scores
+from pared.structure import sublayer_of
 
 
 def allocate_ranked(budget: Budget, scores: Scores) -> dict[int, Sizes]:
     """Sizes for every layer (the axes that change). Removes at least the amount asked for, by less than one last step.
 
-    Query heads go one from every KV group at a time, channels in experts one from every expert, FFN channels in
-    aligned steps. Every layer keeps at least one unit of each axis, and the experts that its router needs.
+    Sublayers compete as wholes with their own units. Query heads go one from every KV group at a time, channels in experts one from every expert, FFN channels in
+    aligned steps. Every sublayer that stays keeps at least one unit of each axis, and the experts that its router needs.
     """
     layout = budget.layout
     sizes = {i: {a: layout.sizes_at(i)[a] for a in budget.axes if (i, a) in scores.of} for i in range(layout.num_layers)}
@@ -29,14 +30,18 @@ def allocate_ranked(budget: Budget, scores: Scores) -> dict[int, Sizes]:
     at = dict.fromkeys(ladders, 0)
     heap: list[tuple[float, int, str, int]] = []
     price: dict[tuple[int, str], float] = {}
+    lost: dict[tuple[int, str], float] = {}  # what units of a sublayer were worth that have gone one by one
 
     def push(i: int, a: str) -> None:
+        price.pop((i, a), None)
         if at[i, a] < len(ladders[i, a]):
             score, after = ladders[i, a][at[i, a]]
             # Experts and channels inside of them: what one is worth falls with the other as what it saves does.
             at_first = {b: n for b, n in budget.layout.layer_sizes[i].items() if _nested(budget, a, b)}
             saved = _saves(budget, i, a, after, {**sizes[i], **at_first})
             if saved > 0:
+                if scores.comparable and a in layout.sublayers:
+                    score = max(0.0, score - lost.get((i, a), 0.0))
                 price[i, a] = score / saved if scores.comparable else score
                 heapq.heappush(heap, (price[i, a], i, a, at[i, a]))
 
@@ -45,15 +50,17 @@ def allocate_ranked(budget: Budget, scores: Scores) -> dict[int, Sizes]:
     removed = budget.given
     while heap and removed < budget.target:
         now, i, a, step = heapq.heappop(heap)
-        if step != at[i, a] or now != price[i, a]:
+        if step != at[i, a] or now != price.get((i, a)):
             continue
-        after = ladders[i, a][step][1]
+        score, after = ladders[i, a][step]
+        inside = sublayer_of(a) or a
+        lost[i, inside] = lost.get((i, inside), 0.0) + score
         removed += _saves(budget, i, a, after, sizes[i])
         sizes[i] = _with(budget, sizes[i], a, after)
         at[i, a] += 1
-        # What attention saves depends on both of its axes: prices of the other one are renewed.
-        for other in ("kv", "query") if a in ("kv", "query") else (a,):
-            if (i, other) in ladders:
+        # What a step saves depends on the other axes of its sublayer, and on whether that stays: prices are renewed.
+        for other in sizes[i]:
+            if (sublayer_of(other) or other) == inside and (i, other) in ladders:
                 push(i, other)
     if removed < budget.target:
         raise budget.unreachable(removed / budget.before.amount(budget.amount.of))

@@ -18,7 +18,7 @@ from pared.budget.uniform import allocate_uniform, uniform_shapes
 from pared.errors import UsageError
 from pared.estimate import Progress, Scores, silent
 from pared.plan import Plan, kept_sizes, layer_plan, to_ranges
-from pared.structure import Layout
+from pared.structure import SUBLAYERS, Layout
 
 ALLOCATIONS = ("uniform", "global", "search")
 
@@ -35,9 +35,19 @@ class Effort:
 def check_amount(budget: Budget, allocate: str) -> None:
     """UsageError where the amount is out of reach, whatever the scores will be."""
     if allocate == "uniform":
+        _check_whole_layers(budget)
         allocate_uniform(budget)
     elif allocate in ("global", "search"):
         check_reach(budget)
+
+
+def _check_whole_layers(budget: Budget) -> None:
+    if odd := [a for a in budget.axes if a in SUBLAYERS]:
+        raise UsageError(
+            f"a uniform allocation gives all layers the same, so none can lose its {odd[0]}",
+            where="--allocate uniform",
+            fix="--allocate global --shape per-layer, or --structures layer",
+        )
 
 
 def make_plan(
@@ -73,9 +83,11 @@ def make_plan(
             raise UsageError(f"--allocate {allocate} compares units inside layers, not {odd[0]}", fix="--allocate uniform")
         every = list(range(layout.num_layers))
         if allocate == "global":
-            return _plan(budget, scores, allocate_ranked(budget, scores), every, None, shape, provenance)
+            ranked = allocate_ranked(budget, scores)
+            return _plan(budget, scores, ranked, _not_empty(layout, ranked), None, shape, provenance)
         sizes, found = _search(budget, scores, judges, effort or Effort(), progress)
         return _plan(budget, scores, sizes, every, None, shape, {**(provenance or {}), "search": found})
+    _check_whole_layers(budget)
     if allocate != "uniform":
         raise UsageError(f"unknown allocation {allocate!r}", where="--allocate", fix=f"one of {', '.join(ALLOCATIONS)}")
     chosen = allocate_uniform(budget, judges.quick if judges is not None else None)
@@ -86,6 +98,20 @@ def make_plan(
         kept = sorted(value.argsort(descending=True, stable=True)[: chosen.layers].tolist())
     sizes = {i: {} if i in budget.protected else dict(chosen.sizes) for i in kept}
     return _plan(budget, scores, sizes, kept, chosen.hidden, shape, provenance)
+
+
+def _not_empty(layout: Layout, sizes: Mapping[int, Sizes]) -> list[int]:
+    """The layers of which something is left; those that lose all of their sublayers go whole where layers may."""
+    may = layout.prunable("layer")
+    gone = [
+        i
+        for i, own in sizes.items()
+        if may
+        and i not in layout.fixed_layers
+        and layout.sublayers
+        and all(own.get(kind, layout.sizes_at(i).get(kind, 1)) == 0 for kind in SUBLAYERS)
+    ]
+    return [i for i in range(layout.num_layers) if i not in gone]
 
 
 def _search(

@@ -126,7 +126,7 @@ def apply(
 def _finish(report: dict[str, Any], plan: Plan, out: Path | None, format: Format) -> None:
     """The result on stdout, a table for people on stderr."""
     from pared.report.console import emit_json, err, show
-    from pared.report.tables import kept_units, pruned
+    from pared.report.tables import kept_units, pruned, skipped
 
     remark = _written_as(report, out)
     if remark:
@@ -134,7 +134,7 @@ def _finish(report: dict[str, Any], plan: Plan, out: Path | None, format: Format
     if format is Format.json:
         emit_json(report)
         return
-    show(err(), pruned(report, kept_units(plan)))
+    show(err(), pruned(report, kept_units(plan), skipped(plan)))
     if remark:
         why = f"which has the same block: {report['model_type']!r} can not say these sizes"
         show(err(), [f"written as model type {remark!r}, {why}"])

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pared.axes import Signature, reduce_to_units
 from pared.errors import UsageError
+from pared.structure import SUBLAYERS
 
 Needs = Literal[
     "weights",
@@ -32,6 +33,8 @@ Needs = Literal[
     "squared-gradients",
     "removal",
 ]
+# Structures that are one unit in each layer: all entries of all tensors are parts of it.
+WHOLE = ("layer", *SUBLAYERS)
 REDUCTIONS = ("sum", "mean", "max", "prod", "first", "last")
 
 
@@ -39,7 +42,7 @@ REDUCTIONS = ("sum", "mean", "max", "prod", "first", "last")
 class Group:
     """The structures of one kind in one place: what a criterion scores.
 
-    axis: "ffn", "kv", "query", "hidden", ... or "layer". axes: the axes that count the units, parent first.
+    axis: "ffn", "kv", "query", "hidden", ... or one of WHOLE. axes: the axes that count the units, parent first.
     units: how many. weights: name inside the block -> tensor, all that hold a part of a unit, in the block's order.
     inputs: for weights that are multiplied with activations along the axis, the dimension that the input runs along.
     reduction: how the parts that different tensors contribute become one score.
@@ -57,7 +60,7 @@ class Group:
 
     def per_unit(self, name: str, values: Tensor) -> Tensor:
         """Sum an elementwise quantity of one tensor over the entries of each unit: fp32 [units]."""
-        if self.axis == "layer":
+        if self.units == 1 and self.axis in WHOLE:
             return values.float().sum().reshape(1)
         total = reduce_to_units(values, self.signatures[name], self.sizes, self.axes)
         if total is None:

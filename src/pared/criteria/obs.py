@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from pared.axes import coordinates
-from pared.criteria import Group, Stats, criterion
+from pared.criteria import WHOLE, Group, Stats, criterion
 from pared.elimination import elimination_costs
 from pared.errors import UsageError
+from pared.structure import SUBLAYERS
 
 PAPER = "Hassibi & Stork 1992; arXiv:2302.04089"
 AXES = ("kv", "query", "ffn", "shared_ffn")
@@ -18,6 +19,8 @@ AXES = ("kv", "query", "ffn", "shared_ffn")
 
 def _columns(group: Group, name: str) -> Tensor:
     """Columns of the consumer's input that belong to each unit: int64 [units, columns]."""
+    if group.axis in WHOLE:
+        return torch.arange(group.weights[name].shape[group.inputs[name]])[None]
     at = coordinates(group.signatures[name].dims[group.inputs[name]], group.sizes)
     unit = torch.zeros_like(at[group.axes[0]])
     for axis in group.axes:
@@ -45,13 +48,13 @@ def _costs(group: Group, stats: Stats, *, fisher: bool) -> Tensor:
     return group.combine(parts)
 
 
-@criterion("obs", needs="second-moments", paper=PAPER, axes=AXES)
+@criterion("obs", needs="second-moments", paper=PAPER, axes=(*AXES, *SUBLAYERS))
 def obs(group: Group, stats: Stats) -> Tensor:
     """Error of the consumer's output after the optimal refit, with down-dating."""
     return _costs(group, stats, fisher=False)
 
 
-@criterion("obs-fisher", needs="second-moments-fisher", paper=PAPER, axes=AXES, comparable=True)
+@criterion("obs-fisher", needs="second-moments-fisher", paper=PAPER, axes=(*AXES, *SUBLAYERS), comparable=True)
 def obs_fisher(group: Group, stats: Stats) -> Tensor:
     """The same, the output's error weighted by its gradients, so that layers and kinds compare."""
     return _costs(group, stats, fisher=True)

@@ -21,7 +21,7 @@ from pared.errors import MissingError, ModelError, UsageError
 from pared.per_layer import PerLayer
 from pared.plan import to_ranges
 from pared.proof import proved_layout
-from pared.structure import Layout, experts_per_token
+from pared.structure import SUBLAYERS, Layout, experts_per_token, sublayer_of
 from pared.surgery import written_as
 
 SHARES = (0.1, 0.2, 0.3, 0.5)
@@ -139,6 +139,8 @@ def _units(layout: Layout, axis: str) -> int | list[int]:
     """Units in each layer: one number where all layers that have the axis agree."""
     if axis == "layer":
         return layout.num_layers
+    if axis in SUBLAYERS:
+        return 1
     if axis in layout.sizes:
         return layout.sizes[axis]
     found = [s[axis] for s in layout.layer_sizes if axis in s]
@@ -169,7 +171,9 @@ def _parameters(layout: Layout, axis: str) -> int:
     """Entries of all tensors that would be gone if the axis had no unit left."""
     total = 0
     for name, signature in layout.tensors.items():
-        if axis in signature.axes and name not in layout.tied:
+        if any(axis == sublayer_of(a) for a in signature.axes):
+            total += layout.parameters(name)
+        elif axis in signature.axes and name not in layout.tied:
             sizes = layout.sizes_at(layout.layer_of(name))
             total += count(signature, sizes, layout.shapes[name]) - count(signature, {**sizes, axis: 0}, layout.shapes[name])
     return total
@@ -183,6 +187,8 @@ def _expressible(model: Described, axis: str, budget: Budget) -> dict[str, str]:
     if axis in model.layout.follows:
         leader, factor = model.layout.follows[axis]
         return {model.layout.model_type: leader if factor == 1 else f"{factor} x {leader}"}
+    if axis in model.layout.sublayers:
+        return {"per-layer": "any"}
     units = _units(model.layout, axis)
     most = max(units) if isinstance(units, list) else units
     if axis in ("kv", "query", "expert"):

@@ -22,8 +22,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     return out
 
 
-def pruned(report: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> Iterator[RenderableType]:
-    """Before and after, and the sizes that are left. report: of `pared.prune`; kept: from `kept_units`."""
+def pruned(
+    report: Mapping[str, Any], kept: Mapping[str, Sequence[int]], without: Mapping[str, Sequence[int]] | None = None
+) -> Iterator[RenderableType]:
+    """Before and after, and the sizes that are left. report: of `pared.prune`; kept, without: from `kept_units`, `skipped`."""
     before, after = report["before"], report["after"]
     names = (
         *_SIZES,
@@ -43,6 +45,8 @@ def pruned(report: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> Iter
         )
     if kept:
         yield "kept in each layer: " + ", ".join(f"{axis} {_spread(counts)}" for axis, counts in kept.items())
+    for kind, layers in (without or {}).items():
+        yield f"layers without {kind}: {', '.join(map(str, layers))}"
     never = report.get("experts_never_routed")
     if never and never["count"]:
         yield f"{never['count']:,} of {never['of']:,} experts were sent no token of the calibration text"
@@ -56,6 +60,15 @@ def kept_units(plan: Any) -> dict[str, list[int]]:
     for layer in plan.layers:
         for axis, kept in layer.keep.items():
             found.setdefault(axis, []).append(len(from_ranges(kept if isinstance(kept, str) else kept[0])))
+    return found
+
+
+def skipped(plan: Any) -> dict[str, list[int]]:
+    """Sublayer -> the layers of the result that do without it."""
+    found: dict[str, list[int]] = {}
+    for i, layer in enumerate(plan.layers):
+        for kind in layer.skip:
+            found.setdefault(kind, []).append(i)
     return found
 
 
