@@ -103,6 +103,20 @@ def test_gradients_are_those_of_the_whole_model(family: str, tmp_path: Path) -> 
     assert seen == {n for n in want if stream.layout.layer_of(n) is not None}
 
 
+@pytest.mark.parametrize(
+    ("family", "spared"),
+    [("llama", "mlp.down_proj.weight"), ("gpt_neox", "mlp.dense_4h_to_h.weight"), ("gemma2", None), ("mixtral", None)],
+)
+def test_a_product_is_spared_only_where_its_value_is_only_added(family: str, spared: str | None) -> None:
+    model = tiny.model(family)
+    stream = stream_of(model)
+    state = forward_with_loss(stream, BATCHES)
+    assert state.last == [spared] * stream.num_layers
+    before = {n: m.forward for n, m in model.named_modules()}
+    walk_back(stream, BATCHES, state, lambda i, block, found: None)
+    assert {n: m.forward for n, m in model.named_modules()} == before
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_squared_gradients_are_the_mean_over_sequences_alone(family: str) -> None:
     model = tiny.model(family)

@@ -85,6 +85,17 @@ def observe(
     return seen
 
 
+def is_sum(seen: Observed, x: Tensor) -> bool:
+    """Whether what leaves a block is what entered it [b, s, hidden] plus its consumers' outputs, of the first batch seen."""
+    if not seen.order:
+        return False
+    parts = [x, *(seen.outputs[n][0] for n in seen.order)]
+    total, size = sum(parts[1:], x), sum((p.abs() for p in parts[1:]), x.abs())
+    error = (total - seen.after[0]).abs()
+    rounding = len(parts) * torch.finfo(x.dtype).eps * size
+    return bool((error <= rounding).all() and error.norm() <= 1e-2 * (seen.after[0] - x).norm())
+
+
 def inputs_at(
     stream: Stream, module: nn.Module, i: int, name: str, before: Sequence[str], hidden: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ from pared.blockparts import (
     cut,
     input_axes,
     inputs_at,
+    is_sum,
     matrices,
     observe,
     oriented,
@@ -148,7 +149,7 @@ class Walk:
             return pruned  # the pruned stream passes it by
         if not self.keep:
             return after if pruned is x else self.stream.through(self.block, self.i, pruned, keep=True)
-        additive = self._additive(x, dense)
+        additive = is_sum(dense, x[0])
         if mode == "refit":
             pruned = x
         targets, differs = x, pruned is not x
@@ -192,11 +193,6 @@ class Walk:
     def _producers(self) -> list[str]:
         """Matrices that read the residual stream."""
         return [n for n in matrices(self.layout, self.i, self.weights) if self._axes(n) == {"hidden"}]
-
-    def _additive(self, x: States, dense: Observed) -> bool:
-        """Whether the block's output is its input plus the consumers' outputs: then the drift has a place in the target."""
-        total = x[0] + sum((dense.outputs[n][0] for n in dense.order), torch.zeros_like(x[0]))
-        return bool(dense.order) and bool(((total - dense.after[0]).norm() <= 1e-2 * (dense.after[0] - x[0]).norm()).item())
 
     def _bias(self, name: str) -> Tensor | None:
         return self.weights.get(bias_of(name))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pared.blockparts import consumers_of, is_sum, observe
 from pared.calibration import Batch
 from pared.errors import ModelError
 from pared.spill import States
@@ -22,12 +24,14 @@ class Backward:
     """Stored inputs of every block, and the gradient that reaches the last one: what a walk back starts from.
 
     gradients: of the loss summed over tokens (the mean's would underflow in half precision). loss: its mean.
+    last: for each block, its last matrix (local name) if that one's output is only added to what leaves the block.
     """
 
     inputs: list[States]
     gradients: States
     loss: float
     tokens: int
+    last: list[str | None]
 
 
 def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
@@ -38,11 +42,16 @@ def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
 def forward_with_loss(stream: Stream, batches: Sequence[Batch], *, keep_inputs: bool = True) -> Backward:
     """Forward over all batches; the loss is the mean over every predicted token of every batch."""
     inputs: list[States] = []
+    last_matrices: list[str | None] = []
 
     def visit(i: int, block: nn.Module, hidden: States) -> States:
-        if keep_inputs:
-            inputs.append(hidden)
-        return stream.through(block, i, hidden, keep=keep_inputs)
+        if not keep_inputs:
+            return stream.through(block, i, hidden)
+        inputs.append(hidden)
+        names = consumers_of(stream.layout, i, dict(block.named_parameters()))
+        first = observe(stream, block, i, hidden[:1], list(names), [])
+        last_matrices.append(first.order[-1] if is_sum(first, hidden[0]) else None)
+        return first.after + stream.through(block, i, hidden[1:], keep=True)
 
     last = stream.forward(batches, visit)
     tokens = sum(b.input_ids.shape[0] * (b.input_ids.shape[1] - 1) for b in batches)
@@ -65,7 +74,7 @@ def forward_with_loss(stream: Stream, batches: Sequence[Batch], *, keep_inputs: 
         raise ModelError(
             "the loss on the calibration text is not finite", fix="check the weights with pared verify, or try --dtype float32"
         )
-    return Backward(inputs, gradients, total / tokens, tokens)
+    return Backward(inputs, gradients, total / tokens, tokens, last_matrices)
 
 
 @dataclass
@@ -101,7 +110,7 @@ def walk_back(
             for p in parameters.values():
                 p.requires_grad_(True)
             found = WeightGradients()
-            with around(i, block) if around else contextlib.nullcontext():
+            with _without_value(block, state.last[i]), around(i, block) if around else contextlib.nullcontext():
                 for b, hidden in enumerate(inputs.drain()):
                     state.gradients[b] = _through_block(
                         stream, block, i, hidden, state, b, parameters, found, squared, sequences
@@ -110,6 +119,41 @@ def walk_back(
                 p.requires_grad_(flags[n])
             with torch.no_grad():
                 visit(i, block, found)
+
+
+class _LinearWithoutValue(torch.autograd.Function):
+    """y = x W^T with its exact gradients, and zeros in place of y."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        at_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        at_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return at_x, at_weight
+
+
+@contextlib.contextmanager
+def _without_value(block: nn.Module, name: str | None) -> Iterator[None]:
+    """Spare the product of a block's last matrix (local name) while only gradients are wanted: they do not depend on it."""
+    module = block.get_submodule(name.rpartition(".")[0]) if name else None
+    if type(module) is not nn.Linear:
+        yield
+        return
+
+    def forward(x: Tensor) -> Tensor:
+        y: Tensor = _LinearWithoutValue.apply(x, module.weight)
+        return y if module.bias is None else y + module.bias
+
+    module.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def _through_block(

@@ -251,15 +251,27 @@ class Weights:
                 module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
             elif buffer is not None:
                 module._buffers[leaf] = torch.empty_like(buffer, device="meta")
+        return_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Have the allocator keep and reuse what is freed, until `return_freed_memory`: fetching it anew costs a fifth of the time.
+
+    Only glibc's allocator is asked; by default it learns its thresholds from what it sees.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most that it takes
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def return_freed_memory() -> None:
-    """Have large blocks of freed memory go back to the system at once (glibc keeps and splits them by default).
+    """Give freed memory back to the system.
 
     Without it a process that loads and frees one layer after another grows by a third of the weights.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD; setting it also stops its growth
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def to_disk(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -107,7 +107,7 @@ class Stream:
             self.model, self.weights = source, None
             self.device = next(source.parameters()).device
         else:
-            modeling.return_freed_memory()
+            modeling.keep_freed_memory()
             config, per_layer = modeling.make_config(source.config)
             self.model = modeling.skeleton(config, per_layer, dtype=dtype or modeling.checkpoint_dtype(source))
             self.weights = modeling.Weights(source, self.model)

@@ -50,12 +50,12 @@ def import_checkpoint(
         check_tensors(checkpoint, conversion)
         expected = _expected(conversion)
         notes = (*conversion.notes, *filter(None, [tokenizer_note(checkpoint)]))
-        return_freed_memory()
         with CheckpointWriter(out, overwrite=overwrite, source=checkpoint.path, max_shard_bytes=max_shard_bytes) as writer:
             for move in sorted(conversion.moves, key=lambda m: _place(checkpoint, m)):
                 for name, tensor in zip(move.targets, move.split(_read(checkpoint, move.source)), strict=True):
                     _check_shape(name, tensor, expected)
                     writer.add(name, tensor)
+                return_freed_memory()
             for name, tensor in conversion.made.items():
                 writer.add(name, tensor)
             _add_files(writer, checkpoint, conversion, notes)
