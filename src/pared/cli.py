@@ -20,7 +20,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from pared.commands import checking, demo, importing, pruning
+from pared.commands import checking, demo, exporting, importing, pruning
 from pared.errors import ParedError, ResourceError
 
 app = typer.Typer(name="pared", no_args_is_help=False, add_completion=False, pretty_exceptions_enable=False)
@@ -32,6 +32,7 @@ app.command("eval")(checking.evaluate)
 app.command("verify")(checking.verify)
 app.command("ls")(checking.ls)
 app.command("import")(importing.import_)
+app.command("export")(exporting.export)
 app.command("demo")(demo.demo)
 
 # typer brings its own copy of click since 0.2x and used the real one before; both are reached through what it exports.

@@ -1,0 +1,285 @@
+"""Train a small Llama that really uses a long context: prose mixed with keys that have to be found again.
+
+    python benchmarks/train_long.py TEXT --out DIR [--minutes 40] [--piece 15]
+
+TEXT is a .txt or .txt.xz file. Sequences are 128 tokens at first and 2048 in the end. Some are lists of `key value` lines that are
+asked for again in another order, which is what makes the heads that copy; the rest is prose with such lines, and sentences that say the same, at random depths, and questions after them. The loss is over the prose and the
+answers: keys and values can not be guessed when they are first named. The tokenizer is a byte-level BPE with one token
+for each digit. Stopped at any time (or after --piece minutes) the program goes on from DIR/training.pt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import lzma
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB, LENGTH = 2048, 2048
+CONFIG = dict(
+    vocab_size=VOCAB,
+    hidden_size=256,  # a multiple of what K-quants of llama.cpp pack together
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+    max_position_embeddings=LENGTH,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Up to which share of the training, tokens of a sequence and of a batch, share of lists, and the most keys in one."""
+
+    until: float
+    length: int
+    batch: int
+    lists: float
+    keys: int
+
+
+# Short lists alone come first: the heads that copy do not form from long ones.
+CURRICULUM = (
+    Stage(0.25, 128, 2048, 0.9, 8),
+    Stage(0.4, 256, 2048, 0.6, 24),
+    Stage(0.55, 512, 4096, 0.4, 48),
+    Stage(0.7, 1024, 4096, 0.3, 96),
+    Stage(1.0, LENGTH, 4096, 0.25, 160),
+)
+HELD_OUT = 200_000  # tokens at the end of the text that are not trained on
+SAVE_SECONDS = 60
+ANSWER_WEIGHT = 4.0
+
+
+@dataclass
+class Text:
+    """Token ids of the prose, and the tokens that keys and values are drawn from."""
+
+    ids: Tensor
+    words: list[int]
+    bos: int
+    newline: list[int]
+    bare: list[int]
+    sentence: tuple[list[int], list[int], list[int]]
+
+
+def read(path: Path) -> list[str]:
+    """The documents of a text: its lines."""
+    text = lzma.decompress(path.read_bytes()).decode() if path.suffix == ".xz" else path.read_text()
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def fit_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE; every digit is a token of its own."""
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tok.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tok.train_from_iterator(documents[::8], trainer)
+    tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def prepare(path: Path, out: Path) -> Text:
+    """The text in tokens; they and the tokenizer are kept in the folder for the next piece."""
+    cache = out / "tokens.pt"
+    if not cache.exists():
+        documents = read(path)
+        tokenizer = fit_tokenizer(documents)
+        tokenizer.save_pretrained(out)
+        rows = tokenizer(documents, add_special_tokens=False)["input_ids"]
+        newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        torch.save(torch.tensor([t for row in rows for t in (*row, *newline)], dtype=torch.int16), cache)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    pieces = {i: t for t, i in tokenizer.get_vocab().items()}
+    words = [i for i in range(VOCAB) if (p := pieces[i])[0] == "Ġ" and len(p) > 4 and p[1:].isascii() and p[1:].isalpha()]
+    stream = torch.load(cache).long()
+    sentence = ids("\nThe key of"), ids(" is"), ids(".\n")
+    return Text(stream, sorted(words), 1, ids("\n"), ids("#"), sentence)
+
+
+def line(text: Text, key: int, value: int, sentence: bool) -> tuple[list[int], int]:
+    """The tokens that name a key's value, and the place of the value in them."""
+    if sentence:
+        begin, middle, end = text.sentence
+        return [*begin, key, *middle, value, *end], len(begin) + 1 + len(middle)
+    return [*text.bare, key, value, *text.newline], len(text.bare) + 1
+
+
+def lists(text: Text, stage: Stage, draw: random.Random) -> tuple[list[int], list[float]]:
+    """Lines of keys and values, then the same lines in other orders until the sequence is full."""
+    length, count = stage.length, draw.randint(2, stage.keys)
+    chosen = draw.sample(text.words, 2 * count)
+    pairs = list(zip(chosen[:count], chosen[count:], strict=True))
+    sentence = draw.random() < 0.5
+    ids, weights = [text.bos], [0.0]
+    told = False
+    while len(ids) < length:
+        draw.shuffle(pairs)
+        for key, value in pairs:
+            tokens, at = line(text, key, value, sentence)
+            ids += tokens
+            weights += [float(told and i == at) for i in range(len(tokens))]
+        told = True
+    return ids[:length], weights[:length]
+
+
+def prose(text: Text, stage: Stage, draw: random.Random) -> tuple[list[int], list[float]]:
+    """Prose in which keys get values at random places, each asked for once or twice later on."""
+    length = stage.length
+    start = draw.randrange(len(text.ids) - HELD_OUT - length)
+    body = text.ids[start : start + length].tolist()
+    count = draw.randint(0, max(2, length // 100))
+    chosen = draw.sample(text.words, 2 * count)
+    events: list[tuple[int, int, int, bool, bool]] = []
+    for key, value in zip(chosen[:count], chosen[count:], strict=True):
+        sentence = draw.random() < 0.5
+        first = draw.randrange(length)
+        events.append((first, key, value, sentence, False))
+        events += [(draw.randrange(first, length), key, value, sentence, True) for _ in range(draw.randint(1, 2))]
+    ids, weights, done = [text.bos], [0.0], 0
+    for at, key, value, sentence, told in sorted(events, key=lambda e: (e[0], e[4])):
+        ids += body[done:at]
+        weights += [1.0] * (at - done)
+        done = max(done, at)
+        tokens, place = line(text, key, value, sentence)
+        ids += tokens
+        weights += [ANSWER_WEIGHT if told and i == place else 0.0 for i in range(len(tokens))]
+    ids += body[done:]
+    weights += [1.0] * (length - done)
+    return ids[:length], weights[:length]
+
+
+def batch(text: Text, stage: Stage, draw: random.Random) -> tuple[Tensor, Tensor]:
+    """Ids and loss weights [rows, length]."""
+    makers = [lists if draw.random() < stage.lists else prose for _ in range(stage.batch // stage.length)]
+    rows = [make(text, stage, draw) for make in makers]
+    return torch.tensor([r for r, _ in rows]), torch.tensor([w for _, w in rows])
+
+
+def losses(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+    """Loss of each token but the first [rows, length - 1]."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(ids, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+
+
+@torch.no_grad()
+def recalled(model: LlamaForCausalLM, text: Text, stage: Stage) -> tuple[float, float]:
+    """Share of keys found again in fresh lists, and in prose, of the stage."""
+    draw, found = random.Random(7), []
+    for make in (lists, prose):
+        hits = total = 0
+        for _ in range(4):
+            ids, weights = (torch.tensor(t) for t in make(text, stage, draw))
+            asked = weights[1:] > 0 if make is lists else weights[1:] > 1
+            choice = model(ids[None], use_cache=False).logits[0, :-1].argmax(-1)
+            hits += int((choice == ids[1:])[asked].sum())
+            total += int(asked.sum())
+        found.append(hits / max(1, total))
+    return found[0], found[1]
+
+
+def train(args: argparse.Namespace) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = prepare(args.text, args.out)
+    print(f"{len(text.ids) / 1e6:.1f}M tokens, {len(text.words)} words for keys", flush=True)
+    torch.manual_seed(args.seed)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG, attn_implementation="sdpa"))
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.97))
+    spent, step, tokens, state = 0.0, 0, 0, args.out / "training.pt"
+    if state.exists():
+        saved = torch.load(state)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        spent, step, tokens = saved["spent"], saved["step"], saved["tokens"]
+
+    def save() -> None:
+        partial = state.with_suffix(".partial")
+        counts = {"spent": spent, "step": step, "tokens": tokens}
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), **counts}, partial)
+        partial.replace(state)
+
+    end, piece, last = 60 * args.minutes, time.monotonic() + 60 * args.piece, time.monotonic()
+    while spent < end and time.monotonic() < piece:
+        begun = time.process_time()  # not the clock, which also runs while other programs do
+        share = spent / end
+        stage = next(s for s in CURRICULUM if share < s.until)
+        rate = args.lr * min(1, (step + 1) / 100) * (1 if share < 0.6 else max(0.05, (1 - share) / 0.4))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        ids, weights = batch(text, stage, random.Random(f"{args.seed}/{step}"))
+        loss = (losses(model, ids) * weights[:, 1:]).sum() / weights[:, 1:].sum().clamp(min=1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step, tokens = step + 1, tokens + ids.numel()
+        spent += time.process_time() - begun
+        if time.monotonic() - last > SAVE_SECONDS:
+            in_lists, in_prose = recalled(model, text, stage)
+            print(
+                f"{share:5.1%} step {step} length {stage.length} loss {loss.item():.3f} recalled {in_lists:.2f} of lists, "
+                f"{in_prose:.2f} in prose",
+                flush=True,
+            )
+            save()
+            last = time.monotonic()
+    save()
+    held = text.ids[-HELD_OUT:].view(-1, 200)[:256]
+    with torch.no_grad():
+        nll = float(torch.cat([losses(model, rows).flatten() for rows in held.split(32)]).mean())
+    print(f"{step} steps, {tokens / 1e6:.1f}M tokens, held-out perplexity {math.exp(nll):.2f}", flush=True)
+    model.save_pretrained(args.out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=40, help="of processor time for the training in all")
+    parser.add_argument("--piece", type=float, default=15, help="minutes after which this run stops")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    train(args)
+
+
+if __name__ == "__main__":
+    main()
