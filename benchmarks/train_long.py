@@ -1,8 +1,10 @@
-"""Train a small Llama that really uses a long context: prose mixed with keys that have to be found again.
+"""Teach a small Llama to use a long context: prose mixed with keys that have to be found again.
 
-    python benchmarks/train_long.py TEXT --out DIR [--minutes 40] [--piece 15]
+    python benchmarks/train_long.py START TEXT --out DIR [--minutes 12] [--piece 14]
 
-TEXT is a .txt or .txt.xz file. Sequences are 128 tokens at first and 2048 in the end. Some are lists of `key value` lines that are
+START is a small trained Llama with byte-level tokens, as `train_reference.py --shape llama-gqa` makes it. Its FFNs are
+first widened to a multiple of 128 channels, the new ones without effect, so that quantisers can pack their rows; its
+positions become 2048. TEXT is a .txt or .txt.xz file. Sequences are 128 tokens at first and 2048 in the end. Some are lists of `key value` lines that are
 asked for again in another order, which is what makes the heads that copy; the rest is prose with such lines, and sentences that say the same, at random depths, and questions after them. The loss is over the prose and the
 answers: keys and values can not be guessed when they are first named. The tokenizer is a byte-level BPE with one token
 for each digit. Stopped at any time (or after --piece minutes) the program goes on from DIR/training.pt.
@@ -11,6 +13,7 @@ for each digit. Stopped at any time (or after --piece minutes) the program goes 
 from __future__ import annotations
 
 import argparse
+import copy
 import lzma
 import math
 import random
@@ -20,27 +23,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-VOCAB, LENGTH = 2048, 2048
-CONFIG = dict(
-    vocab_size=VOCAB,
-    hidden_size=256,  # a multiple of what K-quants of llama.cpp pack together
-    intermediate_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=32,
-    max_position_embeddings=LENGTH,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    tie_word_embeddings=True,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -56,11 +42,11 @@ class Stage:
 
 # Short lists alone come first: the heads that copy do not form from long ones.
 CURRICULUM = (
-    Stage(0.25, 128, 2048, 0.9, 8),
-    Stage(0.4, 256, 2048, 0.6, 24),
-    Stage(0.55, 512, 4096, 0.4, 48),
-    Stage(0.7, 1024, 4096, 0.3, 96),
-    Stage(1.0, LENGTH, 4096, 0.25, 160),
+    Stage(0.2, 128, 1024, 0.9, 8),
+    Stage(0.35, 256, 2048, 0.6, 24),
+    Stage(0.5, 512, 2048, 0.4, 48),
+    Stage(0.65, 1024, 4096, 0.3, 96),
+    Stage(1.0, LENGTH, 4096, 0.3, 160),
 )
 HELD_OUT = 200_000  # tokens at the end of the text that are not trained on
 SAVE_SECONDS = 60
@@ -85,48 +71,40 @@ def read(path: Path) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
-def fit_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE; every digit is a token of its own."""
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tok.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tok.train_from_iterator(documents[::8], trainer)
-    tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tok,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        model_max_length=LENGTH,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def prepare(path: Path, out: Path) -> Text:
-    """The text in tokens; they and the tokenizer are kept in the folder for the next piece."""
-    cache = out / "tokens.pt"
+def prepare(start: Path, path: Path, out: Path) -> Text:
+    """The text in tokens, which are kept for the next piece."""
+    cache, tokenizer = out / "tokens.pt", AutoTokenizer.from_pretrained(start)
     if not cache.exists():
-        documents = read(path)
-        tokenizer = fit_tokenizer(documents)
-        tokenizer.save_pretrained(out)
-        rows = tokenizer(documents, add_special_tokens=False)["input_ids"]
+        rows = tokenizer(read(path), add_special_tokens=False)["input_ids"]
         newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
         torch.save(torch.tensor([t for row in rows for t in (*row, *newline)], dtype=torch.int16), cache)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+        tokenizer.model_max_length = LENGTH
+        tokenizer.save_pretrained(out)
 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     pieces = {i: t for t, i in tokenizer.get_vocab().items()}
-    words = [i for i in range(VOCAB) if (p := pieces[i])[0] == "Ġ" and len(p) > 4 and p[1:].isascii() and p[1:].isalpha()]
+    words = [i for i, p in pieces.items() if p[0] == "Ġ" and len(p) > 4 and p[1:].isascii() and p[1:].isalpha()]
     stream = torch.load(cache).long()
     sentence = ids("\nThe key of"), ids(" is"), ids(".\n")
-    return Text(stream, sorted(words), 1, ids("\n"), ids("#"), sentence)
+    return Text(stream, sorted(words), tokenizer.bos_token_id, ids("\n"), ids("#"), sentence)
+
+
+def longer(start: Path) -> LlamaForCausalLM:
+    """The model to begin with: the same function, more positions and FFN channels."""
+    model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+    width = model.config.intermediate_size
+    config = copy.deepcopy(model.config)
+    config.update({"intermediate_size": -(-width // 128) * 128, "max_position_embeddings": LENGTH})
+    wider = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in wider.state_dict().items():
+            old = model.state_dict()[name]
+            if name.endswith("down_proj.weight"):
+                weight.zero_()
+            weight[tuple(slice(n) for n in old.shape)] = old
+    return wider
 
 
 def line(text: Text, key: int, value: int, sentence: bool) -> tuple[list[int], int]:
@@ -213,10 +191,10 @@ def recalled(model: LlamaForCausalLM, text: Text, stage: Stage) -> tuple[float, 
 
 def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    text = prepare(args.text, args.out)
+    text = prepare(args.start, args.text, args.out)
     print(f"{len(text.ids) / 1e6:.1f}M tokens, {len(text.words)} words for keys", flush=True)
     torch.manual_seed(args.seed)
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG, attn_implementation="sdpa"))
+    model = longer(args.start)
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
@@ -270,11 +248,12 @@ def train(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("start", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=40, help="of processor time for the training in all")
-    parser.add_argument("--piece", type=float, default=15, help="minutes after which this run stops")
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--minutes", type=float, default=12, help="of processor time for the training in all")
+    parser.add_argument("--piece", type=float, default=14, help="minutes by the clock after which this run stops")
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
