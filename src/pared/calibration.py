@@ -71,18 +71,40 @@ def read_documents(path: str | Path, *, field: str = "text") -> list[str]:
     Documents without a visible character are left out. UsageError names the line that can not be read.
     """
     path = Path(path)
+    kind, text = _read(path)
+    documents = [text] if kind == ".txt" else [_field(r, field, where) for where, r in _records(text, path)]
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise UsageError("the file holds no text", where=path, fix="give a file with text in it")
+    return documents
+
+
+def records_of(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a source holds as records, each with where it stands: the lines of a .jsonl file, the rows of a hub dataset.
+
+    A .txt file is one record, {"text": ...}. UsageError names what can not be read, MissingError what can not be fetched.
+    """
+    path = Path(source)
+    if not _is_file(path):
+        for number, row in enumerate(_dataset_rows(str(source))[1], start=1):
+            yield f"{source}, row {number}", row
+        return
+    kind, text = _read(path)
+    if kind == ".txt":
+        yield str(path), {"text": text}
+    else:
+        yield from _records(text, path)
+
+
+def _read(path: Path) -> tuple[str, str]:
+    """The kind of a file, .txt or .jsonl, and its text."""
     compression = path.suffix if path.suffix in (".xz", ".gz") else ""
     kind = Path(path.name.removesuffix(compression)).suffix
     if kind not in (".txt", ".jsonl"):
         raise UsageError(
             "text is read from .txt and .jsonl files only (also .xz, .gz)", where=path, fix="convert or rename the file"
         )
-    text = _decompressed_text(path, compression)
-    documents = [text] if kind == ".txt" else list(_json_lines(text, path, field))
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise UsageError("the file holds no text", where=path, fix="give a file with text in it")
-    return documents
+    return kind, _decompressed_text(path, compression)
 
 
 def _decompressed_text(path: Path, compression: str) -> str:
@@ -105,7 +127,7 @@ def _decompressed_text(path: Path, compression: str) -> str:
         raise UsageError("the file is not UTF-8 text", where=f"{path}, line {line}", fix="convert the file to UTF-8") from error
 
 
-def _json_lines(text: str, path: Path, field: str) -> Iterator[str]:
+def _records(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     # Not splitlines: JSON strings may hold U+2028 and other characters that it takes for the end of a line.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -115,11 +137,15 @@ def _json_lines(text: str, path: Path, field: str) -> Iterator[str]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"the line is not JSON: {error}", where=where, fix="write one JSON object per line") from error
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise UsageError(
-                f"the line has no text in a field {field!r}", where=where, fix=f'write {{"{field}": "..."}} on each line'
-            )
-        yield record[field]
+        yield where, record if isinstance(record, dict) else {}
+
+
+def _field(record: dict[str, Any], field: str, where: str) -> str:
+    if not isinstance(record.get(field), str):
+        raise UsageError(
+            f"the line has no text in a field {field!r}", where=where, fix=f'write {{"{field}": "..."}} on each line'
+        )
+    return record[field]
 
 
 def documents_of(source: str | Path) -> Iterator[str]:
@@ -223,24 +249,31 @@ def _dataset_tokens(source: str, tokenizer: PreTrainedTokenizerBase, enough: int
 
 
 def _dataset_documents(source: str) -> Iterator[str]:
+    field, rows = _dataset_rows(source)
+    for row in rows:
+        if not isinstance(row.get(field), str):
+            raise UsageError(f"the dataset has no text in a field {field!r}", where=source, fix=f"its fields: {', '.join(row)}")
+        if row[field].strip():
+            yield row[field]
+
+
+def _dataset_rows(source: str) -> tuple[str, Iterator[dict[str, Any]]]:
+    """The field that NAME:CONFIG:SPLIT:FIELD names ("text" where it names none) and the rows, fetched as they are asked for."""
     parts = source.split(":")
     if len(parts) > 4 or not parts[0]:
         raise UsageError("not a dataset id", where=source, fix="write NAME:CONFIG:SPLIT:FIELD, the last three may be left out")
     name, config, split, field = parts + [""] * (4 - len(parts))
-    field = field or "text"
+    return field or "text", _fetched(source, name, config or None, split or "train")
+
+
+def _fetched(source: str, name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
     try:
         import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as error:
         what = "neither a file nor, without the package 'datasets', a dataset"
         raise MissingError(what, where=source, fix=f"pip install datasets, or {_OTHER_SOURCES}") from error
     try:
-        for row in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
-            if not isinstance(row.get(field), str):
-                raise UsageError(
-                    f"the dataset has no text in a field {field!r}", where=source, fix=f"its fields: {', '.join(row)}"
-                )
-            if row[field].strip():
-                yield row[field]
+        yield from datasets.load_dataset(name, config, split=split, streaming=True)
     except (OSError, RuntimeError) as error:  # no network, no such dataset, a dataset that needs a login
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MissingError(f"the dataset can not be fetched: {reason}", where=source, fix=_OTHER_SOURCES) from error

@@ -210,11 +210,11 @@ def _sums(ours: Tensor, reference: Tensor | None, ids: Tensor, begins: Tensor) -
             continue
         log_p = torch.log_softmax(reference.flatten(0, 1)[before.to(reference.device)].float(), dim=-1).to(log_q.device)
         agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-        kl += _divergence(log_p, log_q).cpu().double().sum()
+        kl += divergence(log_p, log_q).cpu().double().sum()
     return float(nll), float(kl), agreed
 
 
-def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) of each row [k, vocab] -> [k].
 
     Written as sum p log(p/q) - p + q: no term is negative and the rounding of either normalisation cancels to first
