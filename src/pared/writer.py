@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ from pared.errors import ModelError, ResourceError, UsageError
 from pared.tensorfile import DTYPE_NAMES, TensorInfo, chunks, make_header
 
 MANIFEST = "manifest.json"
+ADAPTER = "adapter_model.safetensors"
 MANIFEST_FORMAT = "pared-manifest/1"
 # Also what tells a directory that a dead run left behind from one that is somebody's own.
 _SPOOL = ".pared-spool"
@@ -35,18 +37,26 @@ class CheckpointWriter:
     """Writes one checkpoint. Use it in a `with`: leaving it without `commit` removes what was written."""
 
     def __init__(
-        self, out: str | Path, *, overwrite: bool = False, source: Path | None = None, max_shard_bytes: int = 4 * 2**30
+        self,
+        out: str | Path,
+        *,
+        overwrite: bool = False,
+        source: Path | None = None,
+        max_shard_bytes: int = 4 * 2**30,
+        adapter: bool = False,
     ) -> None:
         """Claim `out`. UsageError if it may not be written; nothing is touched then.
 
         source: the directory that is being read; `out` may not be in it, nor it in `out`.
         max_shard_bytes: of tensor data. A larger tensor gets a shard of its own.
+        adapter: what is written is an adapter in PEFT's format: one file of weights, by its name.
         """
         # Not resolved: an OUT that is a link is replaced as a link, what it points to is left alone.
         self.out = Path(os.path.abspath(Path(out).expanduser()))
         self.partial = self.out.with_name(self.out.name + ".partial") if self.out.name else self.out
         self._aside = self.out.with_name(self.out.name + ".pared-old") if self.out.name else self.out
-        self._overwrite, self._max = overwrite, max_shard_bytes
+        self._overwrite, self._max = overwrite, sys.maxsize if adapter else max_shard_bytes
+        self._single = ADAPTER if adapter else SINGLE
         self._names: set[str] = set()
         self._files: dict[str, dict[str, str | int]] = {}
         self._pending: list[TensorInfo] = []
@@ -153,7 +163,7 @@ class CheckpointWriter:
         if not self.out.is_dir():
             raise UsageError("the output exists and is not a directory", where=self.out, fix="choose another -o")
         # --overwrite deletes what was there: not a home directory for a slip of the fingers.
-        if any(self.out.iterdir()) and not (self.out / "config.json").is_file():
+        if any(self.out.iterdir()) and not any((self.out / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
             raise UsageError("the output exists and is not a checkpoint", where=self.out, fix="choose another -o, or remove it")
 
     def _finish_replacement(self) -> None:
@@ -239,7 +249,7 @@ class CheckpointWriter:
 
     def _name_shards(self) -> None:
         count = len(self._shards)
-        names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        names = [self._single] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         for i, name in enumerate(names):
             (self.partial / _temporary(i + 1)).rename(self.partial / name)
             self._files[name] = self._files.pop(_temporary(i + 1))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pared.errors import UsageError
@@ -33,22 +34,29 @@ Assignments = Annotated[
 ]
 
 
-def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each field of Recipe; it gets those that were passed as the dict `settings`."""
-    signature = inspect.signature(command)
-    hints = get_type_hints(command, include_extras=True)
-    own = [p.replace(annotation=hints[n]) for n, p in signature.parameters.items() if n != "settings"]
-    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    options = [_option(name, info) for name, info in Recipe.model_fields.items()]
+def settings_options(record: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each field of a record; it gets those that were passed as the dict `settings`."""
 
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        settings = {n: v for n in Recipe.model_fields if (v := given.pop(n)) is not None}
-        command(**given, settings=settings)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command)
+        hints = get_type_hints(command, include_extras=True)
+        own = [p.replace(annotation=hints[n]) for n, p in signature.parameters.items() if n != "settings"]
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        options = [_option(name, info) for name, info in record.model_fields.items()]
 
-    run.__signature__ = signature.replace(parameters=[*own, *options], return_annotation=None)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in [*own, *options]} | {"return": None}
-    return run
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            settings = {n: v for n in record.model_fields if (v := given.pop(n)) is not None}
+            command(**given, settings=settings)
+
+        run.__signature__ = signature.replace(parameters=[*own, *options], return_annotation=None)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in [*own, *options]} | {"return": None}
+        return run
+
+    return decorate
+
+
+recipe_options = settings_options(Recipe)
 
 
 def _option(name: str, info: FieldInfo) -> inspect.Parameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from pared import modeling
 from pared.errors import MissingError, UsageError
-from pared.recover.settings import Recovery
+from pared.recovery import Recovery
 
 
 def with_adapters(model: PreTrainedModel, recovery: Recovery, base: str) -> Any:
@@ -22,7 +23,9 @@ def with_adapters(model: PreTrainedModel, recovery: Recovery, base: str) -> Any:
     try:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError as error:
-        raise MissingError("LoRA needs the package 'peft'", where="--method lora", fix="pip install 'pared[recover]'") from error
+        raise MissingError(
+            "LoRA needs the package 'peft'", where="--method lora", fix="pip install 'pared[recover]'"
+        ) from error
     everything = recovery.target_modules == ("all-linear",)
     stacked = stacked_matrices(model) if everything else []
     more: dict[str, Any] = {"target_parameters": stacked} if stacked else {}
@@ -39,7 +42,9 @@ def with_adapters(model: PreTrainedModel, recovery: Recovery, base: str) -> Any:
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise UsageError(f"PEFT can not adapt these modules: {error}", where="--target-modules", fix="all-linear fits any") from error
+        raise UsageError(
+            f"PEFT can not adapt these modules: {error}", where="--target-modules", fix="all-linear fits any"
+        ) from error
     adapted.peft_config["default"].base_model_name_or_path = base
     for p in adapted.parameters():
         if p.requires_grad:
@@ -49,7 +54,7 @@ def with_adapters(model: PreTrainedModel, recovery: Recovery, base: str) -> Any:
 
 def stacked_matrices(model: PreTrainedModel) -> list[str]:
     """Names, inside a block, of 3-D parameters: experts' matrices."""
-    name, layers = modeling.blocks(model)
+    _, layers = modeling.blocks(model)
     found = {n for block in layers for n, p in block.named_parameters() if p.ndim == 3}
     return sorted(found)
 
@@ -59,15 +64,15 @@ def merged(adapted: Any) -> PreTrainedModel:
     return adapted.merge_and_unload()
 
 
-def adapter_files(adapted: Any, folder: Path) -> tuple[dict[str, torch.Tensor], str]:
+def adapter_files(adapted: Any) -> tuple[dict[str, torch.Tensor], str]:
     """The adapter's tensors by PEFT's names, and adapter_config.json."""
     from peft import get_peft_model_state_dict
 
     config = adapted.peft_config["default"]
     config.inference_mode = True
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
-    text = (folder / "adapter_config.json").read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        text = Path(folder, "adapter_config.json").read_text()
     state: dict[str, torch.Tensor] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     return {k: v.detach().cpu() for k, v in state.items()}, text
 

@@ -71,14 +71,14 @@ def distil_blocks(
     for i, source in enumerate(sources):
         while at <= source:
             with theirs.block(at) as block, torch.no_grad():
-                dense = [theirs.run(block, at, h) for h in dense]
+                dense = theirs.through(block, at, dense)
             at += 1
         with ours.block(i) as block:
             errors.append(
                 reconstruct(block, lambda b, h, i=i: ours.run(b, i, h), x, dense, steps=steps, seed=seed + i)  # type: ignore[misc]
             )
             with torch.no_grad():
-                x = [ours.run(block, i, h) for h in x]
+                x = ours.through(block, i, x)
         progress("blocks", i + 1, len(sources))
     for p, wanted in zip(model.parameters(), trainable, strict=True):
         p.requires_grad_(wanted)

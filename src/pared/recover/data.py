@@ -67,7 +67,9 @@ def _example(
         return
     instruction, answer = (_first(record, n) for n in (("instruction", "question", "prompt"), ("output", "response", "answer")))
     if instruction is None or answer is None:
-        raise UsageError(f"neither text nor an instruction nor a chat: {', '.join(record) or 'not an object'}", where=where, fix=_FORMS)
+        raise UsageError(
+            f"neither text nor an instruction nor a chat: {', '.join(record) or 'not an object'}", where=where, fix=_FORMS
+        )
     more = record.get("input") or ""
     if getattr(tokenizer, "chat_template", None):
         asked = f"{instruction}\n\n{more}" if more else instruction
@@ -85,7 +87,11 @@ def _first(record: dict[str, Any], names: Sequence[str]) -> str | None:
 def _messages(chat: list[Any], where: str) -> list[dict[str, str]]:
     turns = []
     for turn in chat:
-        role, content = (turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) if isinstance(turn, dict) else (0, 0)
+        role, content = (
+            (turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value"))
+            if isinstance(turn, dict)
+            else (0, 0)
+        )
         if not isinstance(role, str) or not isinstance(content, str):
             raise UsageError("a turn of the chat has no role or no content", where=where, fix=f"write {_FORMS}")
         turns.append({"role": _ROLES.get(role, role), "content": content})
@@ -128,7 +134,7 @@ def chat_example(
         raise UsageError("the tokenizer has no chat template", where=where, fix="give instructions or plain text")
 
     def ids_of(turns: list[dict[str, str]], prompt: bool) -> list[int]:
-        out = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=prompt, return_dict=True)
+        out: Any = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=prompt, return_dict=True)
         return list(out["input_ids"])
 
     whole = ids_of(messages, False)

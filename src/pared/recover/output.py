@@ -11,7 +11,7 @@ from pared import modeling
 from pared.checkpoint import Checkpoint
 from pared.models import NATIVE
 from pared.plan import Plan
-from pared.recover.settings import Recovery
+from pared.recovery import Recovery
 from pared.remote_code import FILE, auto_map, modelling_file
 from pared.report.card import adapter_card, recovery_section
 from pared.source import Source
@@ -30,7 +30,7 @@ def write_recovered(
     if recovery.method == "lora" and not recovery.merge:
         from pared.recover.adapters import adapter_files
 
-        tensors, config = adapter_files(model, writer.partial)
+        tensors, config = adapter_files(model)
         for name, tensor in tensors.items():
             writer.add(name, tensor)
         writer.add_file("adapter_config.json", config)

@@ -72,9 +72,7 @@ def best_fit(parts: Sequence[Example], seq_len: int) -> list[Row]:
     return [Row(tuple(r)) for r in rows]
 
 
-def training_rows(
-    examples: Sequence[Example], *, seq_len: int, packing: str, seed: int, tokens: int | None
-) -> list[Row]:
+def training_rows(examples: Sequence[Example], *, seq_len: int, packing: str, seed: int, tokens: int | None) -> list[Row]:
     """Rows, epoch after epoch, until they hold `tokens` tokens (None: one epoch)."""
     out: list[Row] = []
     held = 0

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared import modeling
-from pared.calibration import max_positions, sample_from_model
+from pared.calibration import sample_from_model
 from pared.errors import MissingError, UsageError
 from pared.estimate import Progress, silent
 from pared.plan import Plan
 from pared.recover.data import Example, hold_out, read_examples, whole_pieces
 from pared.recover.output import write_recovered
 from pared.recover.packing import Row, Rows, isolates, rows_of_epoch, training_rows
-from pared.recover.settings import Recovery, default_rate, make_recovery
 from pared.recover.teacher import Cache, check_fits, resident, vocabulary_map
+from pared.recovery import Recovery, default_rate, make_recovery
 from pared.source import Source
 from pared.writer import CheckpointWriter
 
@@ -73,7 +73,9 @@ class _Run:
 
     @property
     def seq_len(self) -> int:
-        limits = [getattr(s.config.get_text_config(), "max_position_embeddings", None) for s in (self.student, self.teacher) if s]
+        limits = [
+            getattr(s.config.get_text_config(), "max_position_embeddings", None) for s in (self.student, self.teacher) if s
+        ]
         limit = min((n for n in limits if n), default=None)
         wanted = self.recovery.seq_len
         if wanted and limit and wanted > limit:
@@ -105,7 +107,9 @@ def recover(
     processes = PartialState(cpu=recovery.device == "cpu")
     needs = recovery.distils or recovery.data == "self" or recovery.block_steps > 0
     if needs and teacher is None:
-        raise UsageError("there is no dense model to learn from", where="--teacher", fix="--teacher MODEL, or --objective ce with --data")
+        raise UsageError(
+            "there is no dense model to learn from", where="--teacher", fix="--teacher MODEL, or --objective ce with --data"
+        )
     started = time.perf_counter()
     student = Source.open(model)
     assert student.checkpoint is not None
@@ -118,7 +122,9 @@ def recover(
             kept = vocabulary_map(path, dense.checkpoint.path)
         check_fits(student, dense, kept)
     target = Path(os.path.abspath(Path(out).expanduser()))
-    run = _Run(recovery, student, dense, target.with_name(target.name + ".training"), kept, plan, processes.is_main_process, progress)
+    run = _Run(
+        recovery, student, dense, target.with_name(target.name + ".training"), kept, plan, processes.is_main_process, progress
+    )
     run.seq_len  # noqa: B018 (refused before anything is computed)
     adapter = recovery.method == "lora" and not recovery.merge
     claim = CheckpointWriter(out, overwrite=overwrite, source=path, adapter=adapter) if run.main else contextlib.nullcontext()
@@ -136,7 +142,9 @@ def _check_installed() -> None:
     try:
         import accelerate  # noqa: F401
     except ImportError as error:
-        raise MissingError("training needs the package 'accelerate'", where="pared recover", fix="pip install 'pared[recover]'") from error
+        raise MissingError(
+            "training needs the package 'accelerate'", where="pared recover", fix="pip install 'pared[recover]'"
+        ) from error
 
 
 def _train(run: _Run) -> tuple[nn.Module, dict[str, Any]]:
@@ -298,7 +306,7 @@ def _distil_blocks(run: _Run, model: nn.Module, rows: Sequence[Row]) -> list[tup
             folder.mkdir(exist_ok=True)
             count = _BLOCK_ROWS * run.seq_len
             ids = windows_of([p.ids for r in rows[: 2 * _BLOCK_ROWS] for p in r.parts], run.seq_len)[: count // run.seq_len]
-            whole.to(run.device)
+            whole.to(torch.device(run.device))  # type: ignore[arg-type]
             errors = distil_blocks(
                 whole,
                 run.student,

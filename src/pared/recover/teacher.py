@@ -68,7 +68,9 @@ class Cache:
         self.folder, self.k, self.temperature, self.kept = folder, k, temperature, kept
         self._places: dict[str, tuple[Path, int, int]] = {}  # document -> file, first position, positions
 
-    def fill(self, teacher: Source, rows: Iterable[Row], *, dtype: torch.dtype | None, device: str, progress: Progress = silent) -> None:
+    def fill(
+        self, teacher: Source, rows: Iterable[Row], *, dtype: torch.dtype | None, device: str, progress: Progress = silent
+    ) -> None:
         """Compute what is not there yet; what a killed run has finished is kept."""
         wanted = {_key(p): p for row in rows for p in row.parts}
         self._find()
@@ -116,7 +118,8 @@ class Cache:
 
     def of(self, row: Row, longest: int) -> TopK:
         """For one row: log-probabilities [longest, k] and ids [longest, k]; zeros where there is padding."""
-        log_p, ids = [], []
+        log_p: list[Tensor] = []
+        ids: list[Tensor] = []
         for part in row.parts:
             file, at, count = self._places[_key(part)]
             for name, out in (("log_p", log_p), ("ids", ids)):

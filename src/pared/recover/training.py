@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState, PrinterCallback, TrainerControl, TrainerState
 
 from pared.errors import UsageError
 from pared.estimate import Progress
 from pared.recover.losses import TopK, cross_entropy, forward_kl, top_k_kl
 from pared.recover.packing import IGNORED, Row, Rows, collate
-from pared.recover.settings import Recovery
+from pared.recovery import Recovery
 
 _COMPLETE = "complete.json"
 _WEIGHTS = "trained.safetensors"
@@ -125,7 +125,10 @@ class Recoverer(Trainer):
         judge: Judge,
         collator: Callable[[list[Any]], dict[str, Tensor]],
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=rows, data_collator=collator, callbacks=[judge])  # type: ignore[arg-type]
+        super().__init__(
+            model=model, args=args, train_dataset=rows, eval_dataset=held_out, data_collator=collator, callbacks=[judge]
+        )
+        self.remove_callback(PrinterCallback)  # which prints to stdout
         self._objective, self._judge, self._held_out = objective, judge, held_out
         self._collator = collator
         # The loss is divided by the targets of all batches of a step, on all processes; labels are shifted already.
@@ -146,7 +149,7 @@ class Recoverer(Trainer):
             loss = loss * self.accelerator.num_processes  # which DDP and FSDP divide by
         return (loss, None) if return_outputs else loss
 
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # type: ignore[override]
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Held-out loss per target, on every process alike."""
         loss = self.held_out_loss()
         metrics = {"eval_loss": loss}
@@ -185,7 +188,7 @@ class Recoverer(Trainer):
         if self.gathers:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(str(output_dir or self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             save_file(trained(self.accelerator.unwrap_model(self.model)), folder / _WEIGHTS)
 
@@ -202,7 +205,7 @@ class Recoverer(Trainer):
             restore(self.accelerator.unwrap_model(self.model), Path(str(self.state.best_model_checkpoint)))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"{_PREFIX}{self.state.global_step}"
+        folder = Path(str(self.args.output_dir)) / f"{_PREFIX}{self.state.global_step}"
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
@@ -285,7 +288,9 @@ def collator_of(padding: int, isolated: bool) -> Callable[[list[Any]], dict[str,
     return collator
 
 
-def arguments(recovery: Recovery, work: Path, steps: int, rate: float, *, dtype: torch.dtype, judged: bool) -> TrainingArguments:
+def arguments(
+    recovery: Recovery, work: Path, steps: int, rate: float, *, dtype: torch.dtype, judged: bool
+) -> TrainingArguments:
     """What the Trainer is told: AdamW, warmup, then a cosine to zero."""
     every = max(1, math.ceil(steps / recovery.evaluations))
     return TrainingArguments(

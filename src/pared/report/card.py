@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pared.models import NATIVE
 from pared.plan import Plan
 
@@ -78,3 +80,44 @@ tags: [pruned, pared]
 
 The licence and the limits of the base model apply. Evaluate before use: `pared eval . --against {base}`.
 """
+
+
+def recovery_section(report: dict[str, Any]) -> str:
+    """What is added to the card of a checkpoint that was trained after pruning, every number taken from the report."""
+    return f"""
+## Recovered
+
+{_trained(report)} `recovery.yaml` holds the settings, `recovery.json` the losses.
+"""
+
+
+def adapter_card(base: str, report: dict[str, Any]) -> str:
+    """README.md of an adapter."""
+    return f"""---
+base_model: {base}
+library_name: peft
+tags: [pruned, pared, lora]
+---
+
+# An adapter for {base}
+
+{_trained(report)}
+
+```python
+import pared
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(pared.load("path/to/{base}"), "path/to/this/directory")
+model = model.merge_and_unload()   # a plain model
+```
+"""
+
+
+def _trained(report: dict[str, Any]) -> str:
+    aims = {"ce": "cross-entropy", "distill": "distillation from the dense model", "both": "distillation and cross-entropy"}
+    what = "all weights" if report["method"] == "full" else f"LoRA adapters ({report['trained_parameters']:,} parameters)"
+    said = f"Trained after pruning: {what}, by {aims[report['objective']]}, {report['tokens']:,} tokens in {report['steps']} steps."
+    judged = report.get("held_out") or {}
+    if judged.get("best") is not None:
+        said += f" Held-out loss {judged['start']:.4f} before, {judged['best']:.4f} after."
+    return said

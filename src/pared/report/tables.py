@@ -52,6 +52,20 @@ def pruned(
         yield f"{never['count']:,} of {never['of']:,} experts were sent no token of the calibration text"
 
 
+def recovered(report: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What a training gave: its held-out loss on the way, and what it was. report: of `pared.recover`."""
+    judged = report.get("held_out") or {}
+    if judged.get("curve"):
+        rows = [(f"{step:,}", f"{tokens:,}", f"{loss:.4f}") for step, tokens, loss in judged["curve"]]
+        yield table("", ("step", "tokens", "held-out loss"), rows, left=0)
+    what = "all weights" if report["method"] == "full" else f"LoRA, {report['trained_parameters']:,} parameters"
+    yield f"{what}, {report['objective']}: {report['tokens']:,} tokens in {report['steps']:,} steps, rate {report['learning_rate']:.2g}"
+    if report.get("stopped"):
+        yield f"stopped {report['stopped']}"
+    if judged.get("best_step") == 0 and report["steps"]:
+        yield "no evaluation was better than the start: the weights are those of the start"
+
+
 def kept_units(plan: Any) -> dict[str, list[int]]:
     """Axis -> units that stay, in each layer where some go; of a nested axis in each unit of its parent."""
     from pared.plan import from_ranges
