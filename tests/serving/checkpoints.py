@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,15 @@ def per_layer(family: str, folder: Path, **changes: Any) -> Path:
     layout = proved_layout(model(family, **changes).config)
     out = folder / f"{family}-per-layer"
     return apply_plan(source, plan_of(layout, [_layer(layout, i) for i in range(layout.num_layers)]), out)
+
+
+def without_parts(family: str, folder: Path, skips: Sequence[Sequence[str]], **changes: Any) -> Path:
+    """Layers of which some have no attention, no MLP, or neither, and the others sizes of their own."""
+    changes = {"num_hidden_layers": len(skips), **changes}
+    source = dense(family, folder, **changes)
+    layout = proved_layout(model(family, **changes).config)
+    layers = [LayerPlan(source=i, skip=list(s)) if s else _layer(layout, i) for i, s in enumerate(skips)]  # type: ignore[arg-type]
+    return apply_plan(source, plan_of(layout, layers), folder / f"{family}-without-parts")
 
 
 def plan_of(layout: Layout, layers: list[LayerPlan]) -> Plan:

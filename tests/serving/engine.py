@@ -68,7 +68,7 @@ def requests(vocab: int, *, count: int = 64, longest: int = 40, seed: int = 0) -
 class Engine:
     """The process apart. `serve` gives the tokens of each request; RuntimeError with vLLM's words where it will not."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, **environment: str) -> None:
         self.log = log
         reader, writer = os.pipe()
         with log.open("w") as errors:
@@ -78,7 +78,7 @@ class Engine:
                 stdout=errors,
                 stderr=subprocess.STDOUT,
                 pass_fds=[writer],
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, **environment},
                 text=True,
             )
         os.close(writer)

@@ -21,6 +21,7 @@ from pared.errors import MissingError, ModelError, UsageError
 from pared.per_layer import PerLayer
 from pared.plan import to_ranges
 from pared.proof import proved_layout
+from pared.report.formats import formats
 from pared.structure import SUBLAYERS, Layout, experts_per_token, sublayer_of
 from pared.surgery import written_as
 
@@ -121,6 +122,7 @@ def inspect_model(model: Described, axes: Sequence[str], shape: str = "uniform",
         "axes": [_axis(model, axis, before, first) for axis in layout.proofs],
         "removes": list(axes),
         "shape": shape,
+        "formats": formats(model.config, model.per_layer, layout),
         "predictions": [_predict(model, tuple(axes), shape, share, align, before, nbytes) for share in SHARES],
     }
 

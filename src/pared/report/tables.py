@@ -192,6 +192,19 @@ def inspection(report: Mapping[str, Any]) -> Iterator[RenderableType]:
     columns = ("remove", "removed", "parameters", "bytes", "multiply-adds/token", "cache/token", "sizes left in each layer")
     form = "uniform" if report["shape"] == "uniform" else "--shape per-layer"
     yield table(f"What --remove of block-params would leave (taking {what}, {form})", columns, rows)
+    yield table(
+        "Quantised formats that take its matrices as they are", ("format", "inputs", "outputs", "fits"), _formats(report)
+    )
+
+
+def _formats(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    rows = []
+    for f in report["formats"]:
+        mend = f"; --align {f['align']} would" if f["align"] else ""
+        fits = "yes" if f["fits"] else f"no: {f['misfits']} do not, as {f['first']}{mend}"
+        sides = (f"multiples of {n}" if n > 1 else "any" for n in (f["inputs"], f["outputs"]))
+        rows.append((f["format"], *sides, fits))
+    return rows
 
 
 def _units(units: Any) -> str:

@@ -13,14 +13,12 @@ from vllm.transformers_utils.config import HFConfigParser
 
 from pared.errors import ModelError
 from pared.modeling import make_config
-from pared.per_layer import HEADS, PerLayer, layer_config, split
+from pared.per_layer import HEADS, SKIP, PerLayer, layer_config, split
 from pared.serving.vllm_plugin import PREFIX
 
 # The attribute of a config object that holds the layers' own entries. vLLM pickles the object to its workers, and hashes
 # it to find what it compiled before.
 LAYERS = "layers_of_their_own"
-# Says what the skipped parts of a block are; read where the entries are.
-SKIPPED = "per_layer_skipped"
 
 
 class PerLayerConfigParser(HFConfigParser):
@@ -99,7 +97,7 @@ def runs_as_transformers(architecture: str) -> bool:
 def say_heads(config: PreTrainedConfig, entries: PerLayer, described: Any) -> None:
     """Tell vLLM the heads of each layer where it makes the attention itself, beside transformers' modules."""
     for i, own in entries.items():
-        if "attention" in own.get("skip", ()) or HEADS in own:
+        if "attention" in own.get(SKIP, ()) or HEADS in own:
             raise ModelError(
                 f"layer {i} has no attention, or slopes of its own for its heads, and vLLM has no code of its own for {config.model_type}",
                 where=config.model_type,
@@ -121,7 +119,7 @@ def check_layers(config: PreTrainedConfig, entries: PerLayer, processes: int) ->
     processes: over how many each layer is split (tensor parallelism).
     """
     number = config.num_hidden_layers
-    if all("attention" in entries.get(i, {}).get("skip", ()) for i in range(number)):
+    if all("attention" in entries.get(i, {}).get(SKIP, ()) for i in range(number)):
         raise ModelError("no layer of this model has an attention", where=config.model_type)
     if processes == 1:
         return
@@ -133,7 +131,7 @@ def check_layers(config: PreTrainedConfig, entries: PerLayer, processes: int) ->
                 where=f"tensor parallel size {processes}",
                 fix="--tensor-parallel-size 1",
             )
-        for name, size in sizes_of(layer_config(config, own), own.get("skip", ())).items():
+        for name, size in sizes_of(layer_config(config, own), own.get(SKIP, ())).items():
             # vLLM gives each process a copy of KV heads that are fewer than the processes.
             fits = size % processes == 0 or (name == "num_key_value_heads" and size < processes and processes % size == 0)
             if not fits:

@@ -23,19 +23,19 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, 
 from vllm.model_executor.models import utils
 
 from pared.errors import ModelError
-from pared.per_layer import HEADS, SHAPES, build_layers_
-from pared.serving.vllm_config import SKIPPED, layers_of
+from pared.per_layer import HEADS, SHAPES, SKIP, SKIPPED, build_layers_
+from pared.serving.vllm_config import layers_of
 
 _TRANSFORMERS_MODELS = "vllm.model_executor.models.transformers.base"
-_NOT_VALUES = ("skip", SHAPES, HEADS, SKIPPED)
+_NOT_VALUES = (SKIP, SHAPES, HEADS, SKIPPED)
 _MISSING = object()
 Make = Callable[..., nn.Module]
 
 
 @contextlib.contextmanager
 def values(config: PreTrainedConfig, own: Mapping[str, Any], without: Iterable[str] = ()) -> Iterator[None]:
-    """While this lasts, the config holds the values of one layer."""
-    names = [n for n in own if n not in (*_NOT_VALUES, *without)]
+    """While this lasts, the config holds the values of one layer, other than the sizes of parts that it does without."""
+    names = [n for n in own if n not in (*_NOT_VALUES, *without) and not (own.get(SKIP) and own[n] == 0)]
     before = {n: config.__dict__.get(n, _MISSING) for n in names}
     try:
         for name in names:
@@ -95,7 +95,7 @@ def built_by_themselves(config: PreTrainedConfig, compilation: Any) -> Iterator[
             module.AutoModel = AutoModel  # type: ignore[attr-defined]
     if not built:
         raise ModelError(
-            f"vLLM builds the layers of {config.architectures[0]} in a way in which they can not differ",
+            f"vLLM builds the layers of a {config.model_type} in a way in which they can not differ",
             where=config.model_type,
             fix="prune with --shape uniform",
         )
@@ -118,7 +118,7 @@ def _make(layer_fn: Make, prefix: str, config: PreTrainedConfig, own: Mapping[st
     else:
         with values(config, own), _linears(own.get(SHAPES, {}), config.hidden_size, prefix):
             layer = layer_fn(prefix=prefix)
-    for kind in own.get("skip", ()):
+    for kind in own.get(SKIP, ()):
         found = _parts(layer, kind)
         if not found:
             raise ModelError(f"no {kind} is found in a {type(layer).__name__}", where=prefix)
@@ -142,7 +142,7 @@ def _with_heads_apart(
     heads = [config.attribute_map.get(n, n) for n in names]
     with values(config, own, without=heads), _linears(shapes, hidden, prefix):
         layer = layer_fn(prefix=prefix)
-    if "attention" in own.get("skip", ()):
+    if "attention" in own.get(SKIP, ()):
         return layer
     _forget(compilation, prefix)
     with values(config, own), _linears({}, hidden, prefix, own_hidden=config.hidden_size):
@@ -161,7 +161,7 @@ def _keep_slopes(whole: nn.Module, narrow: nn.Module, kept: list[int]) -> None:
         slopes = getattr(getattr(a, "impl", None), "alibi_slopes", None)
         if slopes is not None:
             index = torch.tensor(kept, device="cpu")
-            b.impl.alibi_slopes = slopes[index] if isinstance(slopes, Tensor) else [slopes[i] for i in kept]
+            b.impl.alibi_slopes = slopes[index] if isinstance(slopes, Tensor) else [slopes[i] for i in kept]  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager
@@ -183,11 +183,11 @@ def _linears(shapes: Mapping[str, Any], hidden: int, prefix: str, own_hidden: in
     def row_init(self: Any, input_size: int, output_size: int, *rest: Any, **named: Any) -> None:
         row(self, width(named, input_size), hidden if output_size == own_hidden else output_size, *rest, **named)
 
-    ColumnParallelLinear.__init__, RowParallelLinear.__init__ = column_init, row_init  # type: ignore[method-assign]
+    ColumnParallelLinear.__init__, RowParallelLinear.__init__ = column_init, row_init
     try:
         yield
     finally:
-        ColumnParallelLinear.__init__, RowParallelLinear.__init__ = column, row  # type: ignore[method-assign]
+        ColumnParallelLinear.__init__, RowParallelLinear.__init__ = column, row
 
 
 def _parts(layer: nn.Module, kind: str) -> list[str]:
@@ -204,7 +204,7 @@ def _idle_parts(layer: nn.Module, own: Mapping[str, Any]) -> set[str]:
     if SKIPPED in own:
         return {part + "." for parts in own[SKIPPED].values() for part in parts}
     norms = [n for n, child in layer.named_children() if all(p.ndim == 1 for p in child.parameters())]
-    return {n + "." for n in norms} if own.get("skip") else set()
+    return {n + "." for n in norms} if own.get(SKIP) else set()
 
 
 def _forget(compilation: Any, prefix: str) -> None:

@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
 def per_layer_class(native: type, name: str) -> type:
     """A subclass of a model class of vLLM whose decoder layers are built from their own values."""
 
-    class PerLayerModel(native):  # type: ignore[misc]
+    class PerLayerModel(native):
         def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
             config = vllm_config.model_config.hf_config
             self.__dict__["own_values"] = layers_of(config)
