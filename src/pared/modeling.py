@@ -73,6 +73,16 @@ def make_config(data: Mapping[str, Any]) -> tuple[PreTrainedConfig, PerLayer]:
         raise ModelError(f"transformers rejects the config: {error}", where="config.json") from error
 
 
+def undeclared_head_size(config: PreTrainedConfig) -> int | None:
+    """The head size that a config says though its class has no such setting, where it is not hidden size / heads.
+
+    transformers reads it; code that knows the family's settings alone (some of vLLM's) divides, and gets another.
+    """
+    size, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", 0)
+    declared = any("head_dim" in vars(kind).get("__annotations__", {}) for kind in type(config).__mro__)
+    return None if declared or not size or not heads or size * heads == config.hidden_size else int(size)
+
+
 def skeleton(config: PreTrainedConfig, per_layer: PerLayer | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model on the meta device: names, shapes and code, no weights."""
     with torch.device("meta"), _default_dtype(dtype), hf_quiet():

@@ -257,7 +257,8 @@ def write_pruned(
     writer.add_file("plan.json", plan.to_json())
     if recipe is not None:
         writer.add_file("recipe.yaml", recipe.to_yaml())
-    writer.add_file("README.md", model_card(plan, source.name, per_layer=bool(per_layer)))
+    own_head_size = modeling.undeclared_head_size(target) is not None
+    writer.add_file("README.md", model_card(plan, source.name, per_layer=bool(per_layer), own_head_size=own_head_size))
     return writer.commit(), plan
 
 

@@ -42,8 +42,18 @@ Tokens were removed too, and those that stay have new ids: use the tokenizer in 
 """
 
 
-def model_card(plan: Plan, base: str, *, per_layer: bool) -> str:
-    """README.md of a pruned checkpoint, every number taken from the plan."""
+_VLLM_PER_LAYER = """vLLM serves it where pared is installed beside it (`pip install pared`); without pared it refuses this checkpoint.
+"""
+_VLLM_HEADS = """vLLM serves it where pared is installed beside it (`pip install pared`). By itself vLLM may take the head size to be the
+hidden size / heads, which is not so here, and fail while it loads the weights.
+"""
+
+
+def model_card(plan: Plan, base: str, *, per_layer: bool, own_head_size: bool = False) -> str:
+    """README.md of a pruned checkpoint, every number taken from the plan.
+
+    own_head_size: the config says a head size that its class has no setting for.
+    """
     load = _PER_LAYER if per_layer else _OWN_CLASS if plan.model_type in NATIVE else _UNIFORM
     before, after = plan.before, plan.after
     rows = [
@@ -59,6 +69,7 @@ def model_card(plan: Plan, base: str, *, per_layer: bool) -> str:
         f"{k} {recipe[k]}" for k in ("criterion", "shape", "allocate", "calibration", "samples") if recipe.get(k) is not None
     )
     words = _VOCABULARY if plan.vocab is not None else ""
+    serve = _VLLM_PER_LAYER if per_layer else _VLLM_HEADS if own_head_size else ""
     versions = ", ".join(f"{k} {v}" for k, v in plan.provenance.get("versions", {}).items())
     return f"""---
 base_model: {base}
@@ -74,7 +85,7 @@ tags: [pruned, pared]
 | --- | --- | --- | --- |
 {table}
 
-{load}{words}
+{load}{serve}{words}
 `plan.json` says which units were kept in each layer, `recipe.yaml` how they were chosen ({how or "by a given plan"}),
 `manifest.json` holds the hash of every file (`pared verify` checks them). Made with {versions or "pared"}.
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import huggingface_hub.constants
 from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.transformers_utils.config import HFConfigParser
 
 from pared.errors import ModelError
-from pared.modeling import make_config
+from pared.modeling import make_config, undeclared_head_size
 from pared.per_layer import HEADS, SKIP, PerLayer, layer_config, split
 from pared.serving.vllm_plugin import PREFIX
 
@@ -35,11 +36,19 @@ class PerLayerConfigParser(HFConfigParser):
         data, _ = PreTrainedConfig.get_config_dict(
             model, revision=revision, local_files_only=huggingface_hub.constants.HF_HUB_OFFLINE
         )
-        if not split(data)[1]:
+        if not split(data)[1] and not says_head_size(data):
             return super().parse(
                 model, trust_remote_code=trust_remote_code, revision=revision, code_revision=code_revision, **kwargs
             )
         return {k: v for k, v in data.items() if k != "auto_map"}, read(data, model)
+
+
+def says_head_size(data: dict[str, Any]) -> bool:
+    """Whether a uniform config gives its heads a size that vLLM's own code for the family need not read."""
+    architecture = (data.get("architectures") or [""])[0]
+    if "head_dim" not in data or data.get("model_type") not in CONFIG_MAPPING or not has_own_code(architecture):
+        return False
+    return undeclared_head_size(make_config(data)[0]) is not None
 
 
 def read(data: dict[str, Any], where: object) -> PreTrainedConfig:
@@ -60,6 +69,12 @@ def read(data: dict[str, Any], where: object) -> PreTrainedConfig:
     config.architectures = [PREFIX + architecture]
     if "quantization_config" in data:
         config.quantization_config = data["quantization_config"]
+    hidden = config.attribute_map.get("hidden_size", "hidden_size")
+    for i in range(config.num_hidden_layers):
+        own = entries.get(i, {})
+        if has_own_code(architecture) and hidden not in own and (size := undeclared_head_size(layer_config(config, own))):
+            # vLLM's class may divide: what it divides is then what these heads add up to.
+            entries[i] = {**own, hidden: size * layer_config(config, own).num_attention_heads}
     setattr(config, LAYERS, {str(i): dict(own) for i, own in sorted(entries.items())})
     return config
 
@@ -79,7 +94,7 @@ def verifier(architecture: str) -> type[VerifyAndUpdateConfig]:
             native.verify_and_update_config(vllm_config)
             config = vllm_config.model_config.hf_config
             check_layers(config, layers_of(config), vllm_config.parallel_config.tensor_parallel_size)
-            if runs_as_transformers(architecture):
+            if not has_own_code(architecture):
                 say_heads(config, layers_of(config), vllm_config.model_config.model_arch_config)
 
         @staticmethod
@@ -89,9 +104,10 @@ def verifier(architecture: str) -> type[VerifyAndUpdateConfig]:
     return Verifier
 
 
-def runs_as_transformers(architecture: str) -> bool:
-    """Whether vLLM has no code of its own for a family, and runs transformers' modules instead."""
-    return ".transformers" in getattr(ModelRegistry.models[architecture], "module_name", "")
+def has_own_code(architecture: str) -> bool:
+    """Whether vLLM has code of its own for a family; it runs some as transformers' modules instead, and lacks others."""
+    known = ModelRegistry.models.get(architecture)
+    return known is not None and ".transformers" not in getattr(known, "module_name", "")
 
 
 def say_heads(config: PreTrainedConfig, entries: PerLayer, described: Any) -> None:

@@ -138,9 +138,12 @@ def _with_heads_apart(
     as the model.
     """
     hidden, shapes = config.hidden_size, own.get(SHAPES, {})
-    names = ("hidden_size", "num_attention_heads", "num_key_value_heads")
-    heads = [config.attribute_map.get(n, n) for n in names]
-    with values(config, own, without=heads), _linears(shapes, hidden, prefix):
+    names = [config.attribute_map.get(n, n) for n in ("hidden_size", "num_attention_heads", "num_key_value_heads")]
+    # Everything else is made beside as many heads of this size as the hidden size has room for.
+    with values(config, own):
+        most = hidden // (config.hidden_size // config.num_attention_heads)
+    whole = {**own, **{n: most for n in names[1:] if hasattr(config, n)}}
+    with values(config, whole, without=names[:1]), _linears(shapes, hidden, prefix):
         layer = layer_fn(prefix=prefix)
     if "attention" in own.get(SKIP, ()):
         return layer
