@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pared.leastsquares import Guarded, Moments2, cholesky, refit, refit_guarded
+from pared.leastsquares import DAMPINGS, Moments2, choose_damping, factored, inverse, refit, refit_guarded, transfer
 
 
 def correlated(tokens: int, n: int, seed: int = 0) -> Tensor:
@@ -49,46 +49,86 @@ def test_keeping_everything_changes_nothing() -> None:
 
 def test_the_guard_never_takes_weights_that_are_worse_on_held_out_tokens() -> None:
     w = torch.randn(4, 12, generator=torch.Generator().manual_seed(5))
-    kept = torch.arange(8)
+    kept, taken = torch.arange(8), 0
     for seed in range(10):
         # Far too few tokens to fit on: a refit follows their noise.
         g = torch.Generator().manual_seed(seed)
         a, held = correlated(6, 12, seed), correlated(300, 12, seed + 100)
         noise = torch.randn(6, 4, generator=g)
         fit, check = moments(a, a @ w.T + 3 * noise), moments(held, held @ w.T)
-        parts = [m.problem(centred=False) for m in (fit, check, fit.plus(check))]
-        new, _, damping = refit_guarded(Guarded(*parts), w, kept)
+        scale = fit.scale(centred=False)
+        new, _, damping = refit_guarded(fit.at(kept), check.at(kept), w[:, kept], centred=False, scale=scale)
         if damping is None:
             assert torch.equal(new, w.double()[:, kept])
         else:
-            problem = check.problem(centred=False)
+            problem, taken = check.problem(centred=False), taken + 1
             chosen = refit(fit.problem(centred=False), w, kept, damping)
             assert problem.error(chosen, kept) < problem.error(w.double()[:, kept], kept)
+    assert taken < 10
+
+
+@pytest.mark.parametrize("peak", range(4))
+def test_the_damping_with_the_largest_gain_is_found_and_none_where_none_gains(peak: int) -> None:
+    gains = {d: 1.0 - abs(k - peak) for k, d in enumerate(DAMPINGS)}
+    assert choose_damping(gains.__getitem__) == DAMPINGS[peak]
+    assert choose_damping(lambda d: gains[d] - 1.0) is None
 
 
 def test_a_singular_matrix_is_lifted_and_still_solved() -> None:
     a = torch.randn(3, 6, generator=torch.Generator().manual_seed(6))
-    factor = cholesky((a.T @ a).double())
-    assert torch.isfinite(factor).all() and torch.allclose(factor @ factor.T, (a.T @ a).double(), atol=1e-6)
+    square = (a.T @ a).double()
+    factor = factored(square.clone, 0.0)
+    assert torch.isfinite(factor).all() and torch.allclose(factor @ factor.T, square, atol=1e-6)
+
+
+def test_an_inverse_takes_the_place_of_its_matrix() -> None:
+    a = correlated(50, 7).double()
+    square = a.T @ a
+    given = square.clone()
+    found = inverse(lambda: given, 0.5)
+    eye = torch.eye(7, dtype=torch.float64)
+    assert torch.allclose(found @ (square + 0.5 * eye), eye, atol=1e-9) and found.data_ptr() == given.data_ptr()
+
+
+@pytest.mark.parametrize("n", [7, 700])
+def test_sums_of_squares_by_strips_are_those_of_the_whole(n: int) -> None:
+    a = correlated(64, n, seed=12)
+    found = moments(a, a[:, :3])
+    assert torch.allclose(found.aa, a.T @ a, rtol=1e-4, atol=1e-3)
+    kept = torch.arange(0, n, 3)
+    assert torch.equal(found.at(kept).aa, found.aa[kept][:, kept])
 
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_moments_of_derived_targets_are_those_of_the_targets_themselves(biased: bool) -> None:
     g = torch.Generator().manual_seed(9)
-    a, h, w = correlated(300, 7, 9), correlated(300, 7, 10), torch.randn(5, 7, generator=g)
+    a, w = correlated(300, 7, 9), torch.randn(5, 7, generator=g)
     bias = torch.randn(5, generator=g) if biased else None
-    shift = 0.0 if bias is None else bias
-    through = moments(a, h).through(w, bias)
-    direct = moments(a, h @ w.T + shift)
     inputs = Moments2.zeros(7, 5)
     inputs.add_inputs(a)
-    own, same = inputs.of_output(w, bias), moments(a, a @ w.T + shift)
-    for got, want in ((through, direct), (own, same)):
-        for name in ("count", "aa", "ta", "a", "t"):
-            assert torch.allclose(
-                torch.as_tensor(getattr(got, name)), torch.as_tensor(getattr(want, name)), rtol=1e-3, atol=1e-2
-            )
+    own, same = inputs.of_output(w, bias), moments(a, a @ w.T + (0.0 if bias is None else bias))
+    for name in ("count", "aa", "ta", "a", "t"):
+        assert torch.allclose(torch.as_tensor(getattr(own, name)), torch.as_tensor(getattr(same, name)), rtol=1e-3, atol=1e-2)
     assert own.tt == pytest.approx(same.tt, rel=1e-4)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_transfer_is_the_refit_of_every_matrix_at_once(centred: bool) -> None:
+    g = torch.Generator().manual_seed(13)
+    h = correlated(400, 6, 13)
+    drifted = h + 0.3 * torch.randn(400, 6, generator=g)
+    w, bias = torch.randn(9, 6, generator=g), torch.randn(9, generator=g)
+    fit, held = moments(drifted[:300], h[:300]), moments(drifted[300:], h[300:])
+    t, shift, damping = transfer(fit, held, w, centred=centred)
+    assert damping is not None
+    target = h @ w.T + (bias if centred else 0.0)
+    direct = moments(drifted, target).problem(centred=centred)
+    new = refit(direct, w, None, damping)
+    assert torch.allclose(w.double() @ t, new, atol=1e-3)
+    if centred:
+        assert torch.allclose(bias + w.double() @ shift, direct.bias(new), atol=1e-3)
+    error = (target - drifted @ (w.double() @ t).float().T - (bias + w @ shift.float() if centred else 0.0)).square().sum()
+    assert error < (target - drifted @ w.T - (bias if centred else 0.0)).square().sum()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -98,7 +138,7 @@ def test_a_mixed_target_is_the_mixture_of_targets(alpha: float, centred: bool) -
     a, t, w = correlated(300, 6, 11), torch.randn(300, 4, generator=g), torch.randn(4, 6, generator=g)
     bias = torch.randn(4, generator=g) if centred else None
     local = a @ w.T + (0.0 if bias is None else bias)
-    got = moments(a, t).problem(centred=centred).mixed(w, bias, alpha)
+    got = moments(a, t).mixed(w, bias, alpha).problem(centred=centred)
     want = moments(a, (1 - alpha) * local + alpha * t).problem(centred=centred)
     kept = torch.tensor([0, 2, 5])
     one, two = refit(got, w, kept), refit(want, w, kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,28 +16,17 @@ from pared.stream import Stream
 from pared.structure import Layout
 
 
-class _Enough(Exception):
-    """Raised inside a block's forward pass once the input that was wanted has been seen."""
-
-
 @dataclass
 class Observed:
     """A dense block at work. after: what leaves it, for each batch. outputs: of the consumers, for each batch; order: in which they ran.
 
-    inputs: of the producers; those that read one and the same tensor share the list. groups: (how many consumers ran
-    before, the producers that read one tensor).
+    groups: (how many consumers ran before, the producers that read one tensor).
     """
 
     after: States
     outputs: dict[str, States] = field(default_factory=dict)
-    inputs: dict[str, States] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     groups: list[tuple[int, list[str]]] = field(default_factory=list)
-
-    def before(self, consumer: str) -> list[list[str]]:
-        """Producers that ran after the consumer before this one, by what they read."""
-        at = self.order.index(consumer)
-        return [group for done, group in self.groups if done == at]
 
 
 def observe(
@@ -63,16 +52,14 @@ def observe(
         def reads(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
             if args[0].numel() != now[0].shape[:2].numel() * args[0].shape[-1]:
                 return  # not all tokens come this way
-            if name not in seen.inputs:
-                same = next((n for done, n, t in first if t is args[0]), None)
-                first.append((len(seen.order), name, args[0]))
-                seen.inputs[name] = seen.inputs[same] if same else stream.pool.store()
-                if same:
-                    next(g for _, g in seen.groups if same in g).append(name)
-                else:
-                    seen.groups.append((len(seen.order), [name]))
-            if seen.groups and any(g[0] == name for _, g in seen.groups):
-                seen.inputs[name].append(args[0].reshape(*now[0].shape[:2], -1))
+            if any(name in group for _, group in seen.groups):
+                return
+            first.append((len(seen.order), name, args[0]))
+            same = next((n for _, n, t in first[:-1] if t is args[0]), None)
+            if same:
+                next(g for _, g in seen.groups if same in g).append(name)
+            else:
+                seen.groups.append((len(seen.order), [name]))
 
         handles.append(_owner(block, name).register_forward_pre_hook(reads))
     try:
@@ -94,32 +81,6 @@ def is_sum(seen: Observed, x: Tensor) -> bool:
     error = (total - seen.after[0]).abs()
     rounding = len(parts) * torch.finfo(x.dtype).eps * size
     return bool((error <= rounding).all() and error.norm() <= 1e-2 * (seen.after[0] - x).norm())
-
-
-def inputs_at(
-    stream: Stream, module: nn.Module, i: int, name: str, before: Sequence[str], hidden: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A matrix's input [b, s, n], and the block's input plus the outputs of the consumers before [b, s, hidden]."""
-    seen: list[Tensor] = []
-    outputs: dict[str, list[Tensor]] = {}
-
-    def stop(m: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0])
-        raise _Enough
-
-    handles = [_owner(module, n).register_forward_hook(_collect(outputs.setdefault(n, []))) for n in before]
-    handles.append(_owner(module, name).register_forward_pre_hook(stop))
-    try:
-        stream.run(module, i, hidden)
-    except _Enough:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    residual = hidden
-    for n in before:
-        residual = residual + outputs[n][0].reshape(hidden.shape)
-    return seen[0].reshape(*hidden.shape[:2], -1), residual
 
 
 def cut(layout: Layout, i: int, name: str, tensor: Tensor, keep: Selection) -> Tensor:
@@ -184,10 +145,3 @@ def bias_of(name: str) -> str:
 
 def _owner(block: nn.Module, name: str) -> nn.Module:
     return block.get_submodule(name.rpartition(".")[0])
-
-
-def _collect(into: list[Tensor]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        into.append(output)
-
-    return hook

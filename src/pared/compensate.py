@@ -23,30 +23,19 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pared.axes import Nested, indices
-from pared.blockparts import (
-    Observed,
-    bias_of,
-    consumers_of,
-    cut,
-    input_axes,
-    inputs_at,
-    is_sum,
-    matrices,
-    observe,
-    oriented,
-    rebuilt,
-    stored,
-)
+from pared.blockparts import bias_of, consumers_of, cut, input_axes, matrices, oriented, rebuilt, stored
 from pared.calibration import Batch
 from pared.elimination import Elimination, choose_units
 from pared.errors import UsageError
 from pared.estimate import Progress, silent
-from pared.leastsquares import DAMPING, Guarded, Moments2, Problem, refit, refit_guarded
+from pared.leastsquares import DAMPING, Moments2, refit, refit_guarded, transfer
 from pared.plan import LayerPlan, Plan, kept_sizes, layer_plan
 from pared.reconstruct import reconstruct
 from pared.spill import States
+from pared.stages import Dense, Stages, consumer_at, reads, run_from, stages_of
 from pared.stream import Stream, unpadded
 from pared.structure import Layout
 
@@ -102,22 +91,20 @@ def compensate(
         raise UsageError("hidden channels and a refit can not be combined", where="--compensate", fix="--compensate none")
     batches = unpadded(batches)
     x = stream.embed(batches)
-    pruned = x  # one and the same until something is cut
+    pruned: States | None = None  # the dense stream itself until something is cut
     place = {layer.source: i for i, layer in enumerate(plan.layers)}
     for i in range(stream.num_layers):
         with stream.block(i) as block, torch.no_grad():
             keep = plan.selection(place[i], stream.layout) if i in place else None
             walk = Walk(stream, i, block, keep, method)
-            dense = walk.look(x)
-            pruned = walk.follow(x, dense, pruned)
-            x = dense.after
+            x, pruned = walk.through(x, pruned, last=i == stream.num_layers - 1)
         progress("refit", i + 1, stream.num_layers)
         if i in place:
             yield Refitted(layer_plan(i, walk.keep, stream.layout.sizes_at(i)), walk.tensors(), walk.damping)
 
 
 class Walk:
-    """One block's walk: look at the dense stream, choose and refit, and follow with the pruned one. keep None: it goes."""
+    """One block's walk: the dense stream stage by stage, choose and refit, and the pruned one after it. keep None: it goes."""
 
     def __init__(
         self, stream: Stream, i: int, block: nn.Module, keep: dict[str, Tensor | Nested] | None, method: Method
@@ -135,49 +122,79 @@ class Walk:
         """What is not merely cut, in its final form."""
         return {**{n: self._cut(n, t) for n, t in self.whole.items()}, **self.changed}
 
-    def look(self, x: States) -> Observed:
-        """The dense stream through the block, and what will be asked of it."""
-        if self.gone or not self.keep:
-            return Observed(self.stream.through(self.block, self.i, x, keep=True))
-        producers = self._producers() if self.method.mode == "sequential" and self.method.inputs else []
-        return observe(self.stream, self.block, self.i, x, self._consumers(), producers)
+    def through(self, x: States, pruned: States | None, *, last: bool = False) -> tuple[States, States | None]:
+        """Both streams through the block, which are given up on the way. pruned None: it is the dense one still.
 
-    def follow(self, x: States, dense: Observed, pruned: States) -> States:
-        """Choose, refit, and the pruned stream through what comes of it."""
-        run, mode, after = self.stream.run, self.method.mode, dense.after
+        last: nothing follows, so what leaves the block of the pruned stream is not computed.
+        """
+        if self.keep and self.method.mode != "none":
+            dense = Dense(self.stream, self.block, self.i, self.stages(x), x)
+            pruned = self.follow(dense, pruned, last=last)
+            return dense.at, pruned
+        before = x[:] if pruned is None else pruned
+        after = self.stream.through(self.block, self.i, x)
         if self.gone:
-            return pruned  # the pruned stream passes it by
-        if not self.keep:
-            return after if pruned is x else self.stream.through(self.block, self.i, pruned, keep=True)
-        additive = is_sum(dense, x[0])
-        if mode == "refit":
-            pruned = x
-        targets, differs = x, pruned is not x
-        for stage, name in enumerate(dense.order if mode != "none" else []):
-            if additive:
-                targets = self.stream.pool.store(t + y for t, y in zip(targets, dense.outputs[name], strict=True))
-            if differs:
-                for group in dense.before(name):
-                    self._refit_inputs(group, dense, dense.order[:stage], pruned)
-            shrinks = bool(self._axes(name) & self.keep.keys())
-            if shrinks or (differs and mode == "sequential"):
-                self._refit(name, dense.order[:stage], pruned, targets if additive else None, dense.outputs[name])
-            differs = differs or shrinks
-        if mode == "refit":
-            return after
-        moved = self._module(self.keep)
+            return after, before  # the pruned stream passes it by
+        if self.keep:
+            return after, self._finish(before, after)
+        return after, None if pruned is None else self.stream.through(self.block, self.i, pruned)
+
+    def stages(self, x: States) -> Stages:
+        """The block taken apart."""
+        mode = self.method.mode
+        producers = self._producers() if mode == "sequential" and self.method.inputs else []
+        return stages_of(self.stream, self.block, self.i, x[0][:1], self._consumers(), producers)
+
+    def follow(self, dense: Dense, pruned: States | None, *, last: bool = False) -> States | None:
+        """Choose, refit, and what leaves the block of the pruned stream; None where that is the dense one again."""
+        stages, order = dense.stages, dense.stages.order
+        single = self.method.mode == "refit"
+        shrinking = [bool(self._axes(name) & self.keep.keys()) for name in order]
+        batches = len(dense.at)
+        few = batches if self.method.fit is None else self.method.fit
+        same = pruned is None or single
+        again = not stages.apart or bool(self.method.steps) or (pruned is None and not any(shrinking))
+        entered: States | None = None
+        if (again or few < batches) and not single:  # something will be run from the block's start once more
+            entered = dense.entering(0) if pruned is None else pruned[:]
+        now = pruned
+        for stage in range(len(order)):
+            if same:
+                now = dense.entering(stage) if stages.apart else dense.entering(0)
+            assert now is not None
+            if not same and self.method.mode == "sequential":
+                for group in stages.producers(stage):
+                    self._refit_inputs(stage, group, dense, now, few)
+            fits = shrinking[stage] or (not same and self.method.mode == "sequential")
+            moves = stages.apart and not single and (fits or not same) and (stage < len(order) - 1 or stages.rest)
+            self._stage(stage, dense, now, few, same=same, fits=fits, moves=moves)
+            same = single or (same and not fits)
+        dense.finish()
+        if single or (last and not self.method.steps):
+            return None
+        if entered is not None and again:
+            return self._finish(entered, dense.at)
+        assert now is not None
+        module, stage = self._module(self.keep), len(order) if stages.rest else len(order) - 1
+        store = self.stream.pool.store
+        after = store(run_from(self.stream, module, self.i, stages, stage, now[b]) for b in range(few))
+        return after if entered is None else after + self.stream.through(module, self.i, entered[few:])
+
+    def _finish(self, entered: States, after: States) -> States:
+        """The pruned stream from the block's start, its weights reconstructed before if that is wanted."""
+        module = self._module(self.keep)
         if self.method.steps:
-            moved = copy.deepcopy(moved)  # tensors that nothing cut are still the dense block's own
+            module = copy.deepcopy(module)  # tensors that nothing cut are still the dense block's own
             reconstruct(
-                moved,
-                lambda m, h: run(m, self.i, h),
-                pruned,
+                module,
+                lambda m, h: self.stream.run(m, self.i, h),
+                entered,
                 after,
                 steps=self.method.steps,
                 seed=self.method.seed + self.i,
             )
-            self.changed = {n: p.detach() for n, p in moved.named_parameters()}
-        return self.stream.through(moved, self.i, pruned, keep=True)
+            self.changed = {n: p.detach() for n, p in module.named_parameters()}
+        return self.stream.through(module, self.i, entered)
 
     # ---- what there is in the block --------------------------------------------------------------------------------
 
@@ -205,45 +222,78 @@ class Walk:
 
     # ---- the refits ------------------------------------------------------------------------------------------------
 
-    def _moments(self, n: int, out: int) -> tuple[Moments2, Moments2]:
+    def _moments(self, n: int, out: int) -> list[Moments2]:
+        """Of the tokens to fit and of those to judge by."""
         device = next(iter(self.weights.values())).device
-        return Moments2.zeros(n, out, device), Moments2.zeros(n, out, device)
+        return [Moments2.zeros(n, out, device), Moments2.zeros(n, out, device)]
 
-    def _refit_inputs(self, group: list[str], dense: Observed, before: list[str], pruned: States) -> None:
+    def _refit_inputs(self, stage: int, group: list[str], dense: Dense, now: States, few: int) -> None:
         """Matrices that read the same input, so that on x' they give what they gave on x."""
-        module = self._module(self._done(before))
+        module = self._module(self._done(dense.stages.order[:stage]))
         width = self._weight(group[0]).shape[1]
         fit, held = self._moments(width, width)
         seen = 0
-        fitted = slice(self.method.fit)
-        for h, hidden in zip(dense.inputs[group[0]][fitted], pruned[fitted], strict=True):
-            now, _ = inputs_at(self.stream, module, self.i, group[0], [], hidden)
-            seen = _split(fit, held, now, h, seen)
-        dense.inputs[group[0]].clear()  # as large as the stream itself, and not needed again
+        for b in range(0, few, 2):  # half of them: these are few numbers, and close to what they were
+            h = reads(self.stream, self.block, self.i, dense.stages, stage, group[0], dense.at[b])
+            a = reads(self.stream, module, self.i, dense.stages, stage, group[0], now[b])
+            seen = _split(fit, held, a, h, seen)
         held = held if held.count else fit
-        for name in group:
-            w, bias = self._weight(name), self._bias(name)
-            parts = (m.through(w, bias).problem(centred=bias is not None) for m in (fit, held, fit.plus(held)))
-            new, shift, self.damping[name] = refit_guarded(Guarded(*parts), w, torch.arange(width))
-            self.whole[name] = self._stored(name, new)
-            if bias is not None:
-                self.whole[bias_of(name)] = shift.to(bias)
+        for centred in (False, True):
+            names = [n for n in group if (self._bias(n) is not None) == centred]
+            if not names:
+                continue
+            t, shift, damping = transfer(fit, held, torch.cat([self._weight(n) for n in names]), centred=centred)
+            change = (t - torch.eye(width, dtype=t.dtype, device=t.device)).float()
+            for name in names:
+                w, bias = self._weight(name).float(), self._bias(name)
+                self.damping[name] = damping
+                self.whole[name] = self._stored(name, w.addmm(w, change))
+                if bias is not None:
+                    self.whole[bias_of(name)] = (bias.double() + w.double() @ shift).to(bias)
 
-    def _refit(self, name: str, before: list[str], pruned: States, targets: States | None, outputs: States) -> None:
-        w, bias = self._weight(name), self._bias(name)
-        module = self._module(self._done(before))
-        fit, held = self._moments(w.shape[1], w.shape[0])
+    def _stage(self, stage: int, dense: Dense, now: States, few: int, *, same: bool, fits: bool, moves: bool) -> None:
+        """Everything through one consumer: the dense stream, what is fitted to, and the pruned stream where it moves on."""
+        stages, name = dense.stages, dense.stages.order[stage]
+        module = self.block if same else self._module(self._done(stages.order[:stage]))
+        w = self._weight(name)
+        sums = self._moments(w.shape[1], w.shape[0]) if fits else []
+        waiting = self.stream.pool.store()
         seen = 0
-        for b, hidden in enumerate(pruned[: self.method.fit]):
-            a, residual = inputs_at(self.stream, module, self.i, name, before, hidden)
-            seen = _split(fit, held, a, outputs[b] if targets is None else targets[b] - residual, seen)
+        for b in range(few):
+            there = dense.consumer(stage, b)
+            if not fits and not moves:
+                continue
+            here = there
+            if not same or there.a is None:
+                here = consumer_at(self.stream, module, self.i, stages, stage, now[b])
+            assert here.a is not None and there.y is not None
+            if fits:
+                target = there.residual + there.y - here.residual if stages.adds else there.y
+                seen = _split(sums[0], sums[1], here.a, target, seen)
+            if moves:
+                waiting.append(here.a)
+        if fits:
+            self._refit(name, sums)
+        for b, a in enumerate(waiting.drain()):
+            now[b] = now[b] + self._gives(name, a)
+
+    def _gives(self, name: str, a: Tensor) -> Tensor:
+        """What a consumer, cut and refitted, adds to the stream; a: its input, all channels."""
+        w = self.changed.get(name)
+        w = self._cut(name, self.weights[name]) if w is None else w
+        bias = self.changed.get(bias_of(name), self._bias(name))
+        return F.linear(a[..., self._kept_columns(name)], oriented(self.layout, self.i, name, w), bias)
+
+    def _refit(self, name: str, sums: list[Moments2]) -> None:
+        w, bias = self._weight(name), self._bias(name)
+        (fit, held), sums[:] = sums, []  # let go as soon as the kept channels are taken from them
         alpha = self.method.alpha if self.method.mode == "sequential" else 0.0
-
-        def problem(moments: Moments2) -> Problem:
-            return moments.problem(centred=bias is not None).mixed(w, bias, alpha)
-
-        whole = problem(fit.plus(held))
-        self._choose(name, whole, w)
+        fit = fit.mixed(w, bias, alpha)
+        held = held.mixed(w, bias, alpha) if held.count else fit
+        centred, guarded = bias is not None, self.method.guarded
+        basis = fit if guarded else fit.plus(held)
+        scale = basis.scale(centred=centred)
+        self._choose(name, basis, w, scale)
         kept = self._kept_columns(name)
         if self.method.mode == "bias":
             if bias is None:
@@ -252,33 +302,35 @@ class Walk:
                     where="--compensate bias",
                     fix="--compensate refit or sequential",
                 )
-            self.changed[bias_of(name)] = whole.bias(w.double()[:, kept], kept).to(bias)
+            whole = fit.plus(held).at(kept).problem(centred=True)
+            self.changed[bias_of(name)] = whole.bias(w.double()[:, kept]).to(bias)
             return
-        if self.method.guarded:
-            parts = Guarded(problem(fit), problem(held if held.count else fit), whole)
-            new, shift, self.damping[name] = refit_guarded(parts, w, kept)
+        if guarded:
+            parts = fit.at(kept), held.at(kept)
+            del fit, held, basis
+            new, shift, self.damping[name] = refit_guarded(*parts, w[:, kept], centred=centred, scale=scale)
         else:
-            new, self.damping[name] = refit(whole, w, kept, DAMPING), DAMPING
-            shift = whole.bias(new, kept)
+            whole = basis.at(kept).problem(centred=centred, scale=scale)
+            new, self.damping[name] = refit(whole, w[:, kept]), DAMPING
+            shift = whole.bias(new)
         self.changed[name] = self._stored(name, new)
         if bias is not None:
             self.changed[bias_of(name)] = shift.to(bias)
 
-    def _choose(self, name: str, problem: Problem, w: Tensor) -> None:
+    def _choose(self, name: str, moments: Moments2, w: Tensor, scale: float) -> None:
         """Choose anew which units of this consumer stay, as many as before."""
         axes = self._axes(name) & self.keep.keys() & self.method.reselect
         if not axes:
             return
-        best = refit(problem, w, torch.arange(w.shape[1]), DAMPING)
+        centred = self._bias(name) is not None
+        state = Elimination(lambda: moments.square(centred=centred), w, scale=scale, cross=moments.cross(centred=centred))
         fisher = self.method.fisher.get((self.i, name))
         if fisher is not None:
-            # E||g^T dy||^2 is the error of the output weighted by G = E[g g^T]; any factor of G will do.
-            values, vectors = torch.linalg.eigh(fisher.double())
-            best = (values.clamp(min=0).sqrt()[:, None] * vectors.T) @ best
+            state.weigh(fisher)
         full = self._full(name)
         node = self.layout.tensors[full].dims[self.layout.consumers[full]]
         wanted = {a: n for a, n in kept_sizes(self.keep).items() if a in axes}
-        self.keep.update(choose_units(Elimination(problem.c, best), node, self.sizes, self.layout.parents, wanted))
+        self.keep.update(choose_units(state, node, self.sizes, self.layout.parents, wanted))
 
     def _kept_columns(self, name: str) -> Tensor:
         full = self._full(name)

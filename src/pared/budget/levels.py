@@ -11,16 +11,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pared.axes import Nested, indices
+from pared.axes import Nested, Node, indices
 from pared.blockparts import bias_of, consumers_of, oriented, rebuilt, stored
 from pared.budget import Sizes
 from pared.elimination import Elimination, choose_units, elimination_costs
-from pared.leastsquares import DAMPING, Moments2, refit
+from pared.leastsquares import Moments2, refit
+from pared.plan import kept_sizes
 from pared.spill import States
 from pared.stream import Stream, observed
 from pared.structure import Layout
 
 Selection = dict[str, Tensor | Nested]
+Key = tuple[tuple[str, int], ...]
+# Rounds of an elimination where sizes are only compared.
+ROUGHLY = 24
 
 
 @dataclass
@@ -34,14 +38,20 @@ class Consumer:
     moments: Moments2
     fisher: Tensor | None = None
     order: dict[str, Tensor] = field(default_factory=dict)
-    chosen: dict[tuple[tuple[str, int], ...], Selection] = field(default_factory=dict)
+    chosen: dict[Key, Selection] = field(default_factory=dict)
+    refitted: dict[Key, Tensor] = field(default_factory=dict)
 
-    def weighted(self) -> Tensor:
-        """W, its rows weighted by a factor of G where there is one: ||G^1/2 dW a||^2 is the error that counts."""
-        if self.fisher is None:
-            return self.weight.double()
-        values, vectors = torch.linalg.eigh(self.fisher.double())
-        return (values.clamp(min=0).sqrt()[:, None] * vectors.T) @ self.weight.double()
+    @property
+    def centred(self) -> bool:
+        return self.bias is not None
+
+    def elimination(self) -> Elimination:
+        """Of all its columns, before any has gone."""
+        scale = self.moments.scale(centred=self.centred)
+        state = Elimination(lambda: self.moments.square(centred=self.centred), self.weight, scale=scale)
+        if self.fisher is not None:
+            state.weigh(self.fisher)
+        return state
 
 
 @dataclass
@@ -59,7 +69,7 @@ class Levels:
     @property
     def nbytes(self) -> int:
         """Of what is kept: second moments, and targets of the size of the weights."""
-        return sum(4 * (c.moments.aa.numel() + c.moments.ta.numel()) for c in self.consumers)
+        return sum(4 * (c.moments.upper.numel() + c.moments.ta.numel()) for c in self.consumers)
 
     def shrunk(self, sizes: Sizes) -> Sizes:
         """Only those sizes that are smaller than the dense block's."""
@@ -80,22 +90,47 @@ class Levels:
         key = tuple(sorted(wanted.items()))
         if key in consumer.chosen:
             return consumer.chosen[key]
-        layout, full = self.layout, self.layout.sizes_at(self.layer)
-        name = f"{layout.prefix}.{self.layer}.{consumer.name}"
-        node = layout.tensors[name].dims[layout.consumers[name]]
-        (axis, n), *others = wanted.items()
-        if others or axis in layout.parents or consumer.axes != (axis,):
-            state = Elimination(consumer.moments.problem(centred=False).c, consumer.weighted())
-            found = choose_units(state, node, full, layout.parents, wanted)
+        if (axis := self._single(consumer, key)) is None:
+            found = choose_units(consumer.elimination(), *self._at(consumer), wanted)
             consumer.chosen[key] = found  # few: a block has some heads
             return found
         # One elimination to the end gives every level of an axis with many units.
         if axis not in consumer.order:
-            columns = len(consumer.moments.aa) // full[axis]
-            blocks = torch.arange(len(consumer.moments.aa)).reshape(full[axis], columns)
-            costs = elimination_costs(consumer.moments.problem(centred=False).c, consumer.weighted(), blocks)
-            consumer.order[axis] = costs.argsort(descending=True, stable=True)
-        return {axis: consumer.order[axis][:n].sort().values}
+            blocks = self._blocks(consumer, axis)
+            consumer.order[axis] = elimination_costs(consumer.elimination(), blocks).argsort(descending=True, stable=True)
+        return {axis: consumer.order[axis][: wanted[axis]].sort().values}
+
+    def prepare(self, shapes: Sequence[Sizes]) -> None:
+        """Choose and refit for all of these sizes at once: what elimination leaves is the refit to what the layer did."""
+        full = self.layout.sizes_at(self.layer)
+        for consumer in self.consumers:
+            keys = {tuple(sorted((a, s[a]) for a in consumer.axes if a in s and s[a] < full[a])) for s in shapes} - {()}
+            state = consumer.elimination() if keys else None
+            axes = {a for key in keys for a, _ in key}
+            for key in sorted(keys, key=lambda k: [-n for _, n in k]):
+                assert state is not None
+                # Smaller levels of one axis go on from where the larger ones ended.
+                at = state if len(axes) == 1 and not axes & self.layout.parents.keys() else state.copy()
+                consumer.chosen[key] = choose_units(at, *self._at(consumer), dict(key), rounds=ROUGHLY)
+                if consumer.fisher is None:
+                    consumer.refitted[key] = at.weights.clone()
+
+    def _single(self, consumer: Consumer, key: Key) -> str | None:
+        """The axis, where a consumer has only this one and it is in no other."""
+        ((axis, _), *others) = key
+        return None if others or axis in self.layout.parents or consumer.axes != (axis,) else axis
+
+    def _at(self, consumer: Consumer) -> tuple[Node, dict[str, int], dict[str, str]]:
+        name = f"{self.layout.prefix}.{self.layer}.{consumer.name}"
+        return (
+            self.layout.tensors[name].dims[self.layout.consumers[name]],
+            self.layout.sizes_at(self.layer),
+            self.layout.parents,
+        )
+
+    def _blocks(self, consumer: Consumer, axis: str) -> Tensor:
+        n = self.layout.sizes_at(self.layer)[axis]
+        return torch.arange(consumer.weight.shape[1]).reshape(n, -1)
 
     def tensors(self, block: nn.Module, keep: Selection) -> dict[str, Tensor]:
         """The consumers' refitted weights and biases for given kept units, by local name."""
@@ -113,11 +148,18 @@ class Levels:
             )
             if kept is None:
                 continue
-            problem = consumer.moments.problem(centred=consumer.bias is not None)
-            new = refit(problem, consumer.weight, kept, DAMPING)
+            full = self.layout.sizes_at(self.layer)
+            sizes = {a: n for a, n in kept_sizes(keep).items() if a in consumer.axes and n < full[a]}
+            new = consumer.refitted.get(tuple(sorted(sizes.items())))
+            moments, scale = consumer.moments, consumer.moments.scale(centred=consumer.centred)
+            if new is None:
+                new = refit(moments.at(kept).problem(centred=consumer.centred, scale=scale), consumer.weight[:, kept])
             out[consumer.name] = stored(self.layout, name, new, consumer.weight.dtype)
             if consumer.bias is not None:
-                out[bias_of(consumer.name)] = problem.bias(new, kept).to(consumer.bias)
+                n = max(moments.count, 1.0)
+                out[bias_of(consumer.name)] = ((moments.t.double() - new.double() @ moments.a[kept].double()) / n).to(
+                    consumer.bias
+                )
         return out
 
     def module(self, stream: Stream, block: nn.Module, sizes: Sizes) -> nn.Module:

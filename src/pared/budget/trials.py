@@ -17,6 +17,7 @@ from pared.budget.levels import Levels, measure_levels
 from pared.calibration import Batch
 from pared.compensate import Method, Walk
 from pared.spill import States
+from pared.stages import Remembered
 from pared.stream import Stream
 
 Shape = Mapping[int, Sizes]  # layer -> units left of each axis that shrinks
@@ -42,17 +43,19 @@ class Judges:
         # Rows that are judged by come first, those that are fitted to after them; a single row has to do for both.
         self.judged = _together(rows[:many], batch)
         self.fit = _together(rows[many : many + few] or rows[:1], batch)
-        self.measured = _together(rows[many : many + max(1, n // 4)] or rows[:1], batch)
+        # Shapes that are alike everywhere differ by more than the noise of few sequences.
+        brief = max(1, min(many, n // 16))
+        self.compared = _together(rows[:brief], batch)
+        self.measured = _together(rows[brief : brief + max(1, n // 8)] or rows[:1], batch)
         self._levels: dict[int, Levels] = {}
 
     def quick(self, shapes: Sequence[Shape]) -> list[float]:
-        judged = self.judged[: -(-len(self.judged) // 2)]
         skip = len(self.measured)
 
         def levels(i: int, block: nn.Module, dense: States) -> tuple[States, Levels]:
             return measure_levels(self.stream, block, i, dense[:skip], self.axes)
 
-        return score_shapes(self.stream, levels, shapes, [], judged, only_seen=self.measured)
+        return score_shapes(self.stream, levels, shapes, [], self.compared, only_seen=self.measured)
 
     def sequential(self, shapes: Sequence[Shape], share: float) -> list[float]:
         judged = self.judged[: max(1, round(share * len(self.judged)))]
@@ -105,21 +108,29 @@ def score_shapes(
         with stream.block(i) as block, torch.no_grad():
             seen_only, here = levels(i, block, seen_only + dense)
             keys = [tuple(sorted(here.shrunk(shape.get(i, {})).items())) for shape in shapes]
-            seen = Walk(stream, i, block, next((here.select(dict(k)) for k in keys if k), {}), method).look(dense)
+            if not fit:
+                here.prepare([dict(k) for k in keys])
             steps: dict[tuple[int, Key], int] = {(0, ()): 0}
-            after = [seen.after]
+            after, seen = [], None
+            if fit and any(keys):
+                walk = Walk(stream, i, block, here.select(dict(next(k for k in keys if k))), method)
+                seen = Remembered(stream, block, i, walk.stages(dense), dense, len(fit))
+                after.append(seen.at)
+            else:
+                after.append(stream.through(block, i, dense, keep=True))
             for k, key in enumerate(keys):
                 if (on[k], key) not in steps:
                     steps[on[k], key] = len(after)
                     before = paths[on[k]]
-                    if fit or not key:
+                    if seen is not None and key:
                         walk = Walk(stream, i, block, here.select(dict(key)), method)
-                        after.append(walk.follow(dense, seen, before))
+                        moved = walk.follow(seen, before[:] if on[k] else None)
+                        after.append(after[0] if moved is None else moved)
                     else:
                         module = here.module(stream, block, dict(key))
                         after.append(stream.through(module, i, before, keep=True))
                 on[k] = steps[on[k], key]
-            paths, dense = after, seen.after
+            paths, dense = after, after[0]
     found = divergences(stream, paths[0][len(fit) :], [p[len(fit) :] for p in paths])
     return [found[p] for p in on]
 

@@ -20,7 +20,7 @@ OTHER_TYPE = 0.02
 # Combinations of coarse sizes: some seconds for a model of 80 layers.
 MOST_TRIED = 1024
 # Splits whose loss is measured, and how much less balanced than the best they may be.
-MOST_MEASURED = 8
+MOST_MEASURED = 5
 UNBALANCED = 0.3
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pared.axes import coordinates
 from pared.criteria import WHOLE, Group, Stats, criterion
-from pared.elimination import elimination_costs
+from pared.elimination import Elimination, elimination_costs
 from pared.errors import UsageError
 from pared.structure import SUBLAYERS
 
@@ -44,7 +44,7 @@ def _costs(group: Group, stats: Stats, *, fisher: bool) -> Tensor:
             values, vectors = torch.linalg.eigh(stats.output_fisher[name].double())
             w = (values.clamp(min=0).sqrt()[:, None] * vectors.T) @ w
         second = stats.second_moments[name]
-        parts.append(elimination_costs(second, w, _columns(group, name)).float())
+        parts.append(elimination_costs(Elimination.of(second, w), _columns(group, name)).float())
     return group.combine(parts)
 
 

@@ -1,0 +1,138 @@
+"""What the default method costs: time against a plain forward pass, memory against what has to be held.
+
+    python benchmarks/cost.py [--layers 16] [--out benchmarks/results/cost.md]
+
+The work: a random Llama (hidden 1024, 16 heads, FFN 2816, vocabulary 32000, fp32) loses 20% of its blocks under default
+effort, calibrated on 32 windows of 512 random tokens, 8 at a time; nothing is written. The plain forward pass is that of
+the resident model over the same tokens, logits included. Each row is a process of its own with one thread; CPU time
+excludes the imports, memory is the process's peak (VmHWM) less that of a process that only imports the libraries. Of
+several runs in turn the least CPU time and the highest peak count.
+
+What has to be held is one block's weights, the second moments of its consumers' and producers' inputs with their targets
+(C and X, in the float64 that they are solved in) and the two streams of hidden states.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HIDDEN, FFN, HEADS, VOCABULARY, WINDOWS, LENGTH, BATCH = 1024, 2816, 16, 32000, 32, 512, 8
+MODES = {
+    "imports": "imports alone",
+    "forward": "plain forward pass, resident",
+    "default": "default effort, uniform",
+}
+
+
+def work(mode: str, path: str) -> dict[str, float]:
+    """Run one mode in this process; CPU seconds and peak bytes."""
+    import torch
+
+    torch.set_num_threads(1)
+    import transformers
+
+    from pared.evaluate.speed import peak_memory_bytes
+    from pared.run import prune
+
+    ids = torch.randint(0, VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    if mode == "forward":
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    started, cpu = time.perf_counter(), time.process_time()
+    if mode == "forward":
+        with torch.inference_mode():
+            for rows in ids.split(BATCH):
+                model(input_ids=rows, use_cache=False)
+    elif mode == "default":
+        prune(path, remove=0.2, calibration=ids, batch=BATCH, dry_run=True)
+    return {
+        "seconds": time.perf_counter() - started,
+        "cpu": time.process_time() - cpu,
+        "peak": peak_memory_bytes(),
+    }
+
+
+def make_model(path: Path, layers: int) -> None:
+    """Write the random checkpoint."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        num_hidden_layers=layers,
+        intermediate_size=FFN,
+        vocab_size=VOCABULARY,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=2048,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+
+
+def held() -> dict[str, int]:
+    """Bytes of what has to be held."""
+    block = 4 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN)
+    # C and X of o_proj, of down_proj, and of what q, k, v and what gate, up read.
+    moments = 8 * (2 * HIDDEN * HIDDEN + FFN * FFN + HIDDEN * FFN + 2 * 2 * HIDDEN * HIDDEN)
+    return {"block": block, "moments": moments, "streams": 2 * 4 * WINDOWS * LENGTH * HIDDEN}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cost.md")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--worker", nargs=2, metavar=("MODE", "MODEL"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(work(*args.worker)))
+        return
+    rows: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder), args.layers)
+        for mode in list(MODES) * args.repeat:  # in turn, so that a busy minute does not hit one row alone
+            done = subprocess.run(
+                [sys.executable, __file__, "--worker", mode, folder],
+                check=True,
+                capture_output=True,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            now = json.loads(done.stdout.splitlines()[-1])
+            print(mode, now, file=sys.stderr, flush=True)
+            before = rows.setdefault(mode, now)
+            rows[mode] = {"cpu": min(before["cpu"], now["cpu"]), "peak": max(before["peak"], now["peak"])}
+    parts = held()
+    least, plain = sum(parts.values()), rows["forward"]["cpu"]
+    lines = [
+        "| work | CPU seconds | / plain forward pass | peak memory, MB | / what has to be held |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for mode, row in rows.items():
+        peak = row["peak"] - rows["imports"]["peak"]
+        if mode != "imports":
+            of_held = f"{peak / least:.2f}" if mode == "default" else "—"
+            lines.append(f"| {MODES[mode]} | {row['cpu']:.1f} | {row['cpu'] / plain:.2f} | {peak / 1e6:.0f} | {of_held} |")
+    purpose, *protocol = (__doc__ or "").strip().split("\n\n")[2:]
+    text = "\n\n".join(
+        [
+            "# Cost of the default method",
+            purpose,
+            *protocol,
+            f"{args.layers} layers. Held, MB: " + ", ".join(f"{k} {v / 1e6:.0f}" for k, v in parts.items()) + ".",
+            "\n".join(lines),
+        ]
+    )
+    args.out.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
