@@ -42,10 +42,10 @@ class Stage:
 
 # Short lists alone come first: the heads that copy do not form from long ones.
 CURRICULUM = (
-    Stage(0.2, 128, 1024, 0.9, 8),
-    Stage(0.35, 256, 2048, 0.6, 24),
-    Stage(0.5, 512, 2048, 0.4, 48),
-    Stage(0.65, 1024, 4096, 0.3, 96),
+    Stage(0.4, 128, 1024, 1.0, 8),
+    Stage(0.5, 256, 2048, 0.6, 24),
+    Stage(0.6, 512, 2048, 0.4, 48),
+    Stage(0.7, 1024, 4096, 0.3, 96),
     Stage(1.0, LENGTH, 4096, 0.3, 160),
 )
 HELD_OUT = 200_000  # tokens at the end of the text that are not trained on
@@ -61,8 +61,7 @@ class Text:
     words: list[int]
     bos: int
     newline: list[int]
-    bare: list[int]
-    sentence: tuple[list[int], list[int], list[int]]
+    sign: list[int]
 
 
 def read(path: Path) -> list[str]:
@@ -87,8 +86,7 @@ def prepare(start: Path, path: Path, out: Path) -> Text:
     pieces = {i: t for t, i in tokenizer.get_vocab().items()}
     words = [i for i, p in pieces.items() if p[0] == "Ġ" and len(p) > 4 and p[1:].isascii() and p[1:].isalpha()]
     stream = torch.load(cache).long()
-    sentence = ids("\nThe key of"), ids(" is"), ids(".\n")
-    return Text(stream, sorted(words), tokenizer.bos_token_id, ids("\n"), ids("#"), sentence)
+    return Text(stream, sorted(words), tokenizer.bos_token_id, ids("\n"), ids("#"))
 
 
 def longer(start: Path) -> LlamaForCausalLM:
@@ -107,12 +105,9 @@ def longer(start: Path) -> LlamaForCausalLM:
     return wider
 
 
-def line(text: Text, key: int, value: int, sentence: bool) -> tuple[list[int], int]:
-    """The tokens that name a key's value, and the place of the value in them."""
-    if sentence:
-        begin, middle, end = text.sentence
-        return [*begin, key, *middle, value, *end], len(begin) + 1 + len(middle)
-    return [*text.bare, key, value, *text.newline], len(text.bare) + 1
+def line(text: Text, key: int, value: int) -> list[int]:
+    """The tokens that name a key's value."""
+    return [*text.sign, key, value, *text.newline]
 
 
 def lists(text: Text, stage: Stage, draw: random.Random) -> tuple[list[int], list[float]]:
@@ -120,15 +115,14 @@ def lists(text: Text, stage: Stage, draw: random.Random) -> tuple[list[int], lis
     length, count = stage.length, draw.randint(2, stage.keys)
     chosen = draw.sample(text.words, 2 * count)
     pairs = list(zip(chosen[:count], chosen[count:], strict=True))
-    sentence = draw.random() < 0.5
     ids, weights = [text.bos], [0.0]
     told = False
     while len(ids) < length:
         draw.shuffle(pairs)
         for key, value in pairs:
-            tokens, at = line(text, key, value, sentence)
+            tokens = line(text, key, value)
             ids += tokens
-            weights += [float(told and i == at) for i in range(len(tokens))]
+            weights += [float(told and token == value) for token in tokens]
         told = True
     return ids[:length], weights[:length]
 
@@ -140,20 +134,19 @@ def prose(text: Text, stage: Stage, draw: random.Random) -> tuple[list[int], lis
     body = text.ids[start : start + length].tolist()
     count = draw.randint(0, max(2, length // 100))
     chosen = draw.sample(text.words, 2 * count)
-    events: list[tuple[int, int, int, bool, bool]] = []
+    events: list[tuple[int, int, int, bool]] = []
     for key, value in zip(chosen[:count], chosen[count:], strict=True):
-        sentence = draw.random() < 0.5
         first = draw.randrange(length)
-        events.append((first, key, value, sentence, False))
-        events += [(draw.randrange(first, length), key, value, sentence, True) for _ in range(draw.randint(1, 2))]
+        events.append((first, key, value, False))
+        events += [(draw.randrange(first, length), key, value, True) for _ in range(draw.randint(1, 2))]
     ids, weights, done = [text.bos], [0.0], 0
-    for at, key, value, sentence, told in sorted(events, key=lambda e: (e[0], e[4])):
+    for at, key, value, told in sorted(events, key=lambda e: (e[0], e[3])):
         ids += body[done:at]
         weights += [1.0] * (at - done)
         done = max(done, at)
-        tokens, place = line(text, key, value, sentence)
+        tokens = line(text, key, value)
         ids += tokens
-        weights += [ANSWER_WEIGHT if told and i == place else 0.0 for i in range(len(tokens))]
+        weights += [ANSWER_WEIGHT if told and token == value else 0.0 for token in tokens]
     ids += body[done:]
     weights += [1.0] * (length - done)
     return ids[:length], weights[:length]
@@ -239,6 +232,8 @@ def train(args: argparse.Namespace) -> None:
             save()
             last = time.monotonic()
     save()
+    if spent >= end:
+        print("the training is complete", flush=True)
     held = text.ids[-HELD_OUT:].view(-1, 200)[:256]
     with torch.no_grad():
         nll = float(torch.cat([losses(model, rows).flatten() for rows in held.split(32)]).mean())

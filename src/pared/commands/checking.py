@@ -39,6 +39,9 @@ MaxWindows = Annotated[int | None, typer.Option("--max-windows", metavar="N", he
 ComputeDtype = Annotated[Dtype, typer.Option("--dtype", help="what to compute in; auto: fp32 on a CPU, else the checkpoint's")]
 Device = Annotated[str, typer.Option("--device", help="where to compute")]
 NoSpeed = Annotated[bool, typer.Option("--no-speed", help="do not measure speed and memory")]
+LongContext = Annotated[
+    bool, typer.Option("--long-context", help="loss by position, keys found again, cache memory, up to --seq-len; needs --text")
+]
 Align = Annotated[int | None, typer.Option("--align", metavar="N", min=1, help="kept channels are a multiple of this")]
 
 
@@ -53,10 +56,15 @@ def evaluate(
     dtype: ComputeDtype = Dtype.auto,
     device: Device = "cpu",
     no_speed: NoSpeed = False,
+    long_context: LongContext = False,
     format: AsFormat = Format.text,
 ) -> None:
     """Measure a model: perplexity, KL to the dense model, parameters, bytes, speed, memory."""
     check_device(device)
+    if long_context:
+        settings = {"against": against, "longest": seq_len, "max_windows": max_windows, "dtype": dtype.value, "device": device}
+        _long_context(model, text, stride, settings, format)
+        return
     from pared.evaluate.report import evaluate as run
     from pared.report.console import Reporter, emit_json, out, show
     from pared.report.tables import evaluation
@@ -79,6 +87,23 @@ def evaluate(
         emit_json(report)
     else:
         show(out(), evaluation(report))
+
+
+def _long_context(model: str, text: str, stride: int | None, settings: dict[str, Any], format: Format) -> None:
+    from pared.evaluate.long_context import evaluate_long
+    from pared.report.console import Reporter, emit_json, out, show
+    from pared.report.tables import long_context
+
+    if text == "self":
+        raise UsageError("a long context is measured on text that is given", where="--text", fix="--text FILE")
+    if stride is not None:
+        raise UsageError("windows of a long context do not overlap", where="--stride", fix="leave it out")
+    with Reporter() as progress:
+        report = evaluate_long(model, text=text, progress=progress, **settings)
+    if format is Format.json:
+        emit_json(report)
+    else:
+        show(out(), long_context(report))
 
 
 def inspect(

@@ -112,6 +112,32 @@ def evaluation(report: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield report["protocol"]
 
 
+def long_context(report: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Loss by position, keys found again by length and depth, and the cache; the dense model's beside them where there is one."""
+    dense = report.get("against")
+    rows = []
+    for i, b in enumerate(report["positions"]):
+        theirs = [f"{dense['positions'][i]['perplexity']:.2f}", f"{b['kl']:.4f}"] if dense else []
+        mark = "" if b["end"] <= report["trained"] else " (past the trained length)"
+        rows.append((f"{b['first']:,} to {b['end'] - 1:,}{mark}", f"{b['perplexity']:.2f}", *theirs))
+    heads = ("positions", "perplexity", *(("dense", "KL") if dense else ()))
+    yield table("Loss by position", heads, rows)
+    depths = sorted({r["depth"] for r in report["retrieval"]})
+    for name, cells in [
+        ("Keys found again", report["retrieval"]),
+        *([("The dense model's", dense["retrieval"])] if dense else []),
+    ]:
+        share = {(r["length"], r["depth"]): f"{r['found'] / r['asked']:.0%}" for r in cells}
+        lines = [(f"{n:,} tokens", *(share[n, d] for d in depths)) for n in sorted({r["length"] for r in cells})]
+        yield table(name, ("depth", *(f"{d:.0%}" for d in depths)), lines)
+    cache = report["cache"]
+    yield (
+        f"cache: {nbytes(cache['bytes_per_token'])} a token ({nbytes(cache['measured_bytes_per_token'])} measured), "
+        f"{nbytes(cache['bytes_at_longest'])} at {report['longest']:,} tokens"
+    )
+    yield report["protocol"]
+
+
 def nbytes(n: float) -> str:
     """Bytes for a reader: 1.03 GB."""
     for unit in ("B", "kB", "MB"):
