@@ -1,20 +1,20 @@
 """Teach a small Llama to use a long context: prose mixed with keys that have to be found again.
 
-    python benchmarks/train_long.py START TEXT --out DIR [--minutes 12] [--piece 14]
+    python benchmarks/train_long.py START TEXT --out DIR [--minutes 6] [--piece 14]
 
 START is a small trained Llama with byte-level tokens, as `train_reference.py --shape llama-gqa` makes it. Its FFNs are
 first widened to a multiple of 128 channels, the new ones without effect, so that quantisers can pack their rows; its
-positions become 2048. TEXT is a .txt or .txt.xz file. Sequences are 128 tokens at first and 2048 in the end. Some are lists of `key value` lines that are
-asked for again in another order, which is what makes the heads that copy; the rest is prose with such lines, and sentences that say the same, at random depths, and questions after them. The loss is over the prose and the
-answers: keys and values can not be guessed when they are first named. The tokenizer is a byte-level BPE with one token
-for each digit. Stopped at any time (or after --piece minutes) the program goes on from DIR/training.pt.
+positions become 2048. TEXT is what START was trained on, or a part of it (.txt or .jsonl). Sequences are 128 tokens at
+first and 2048 in the end. Some are lists of `# key value` lines that are asked for again in another order, which is what
+makes the heads that copy; the rest is prose with such lines at random depths, and again further on. The loss is over the
+prose and the answers: keys and values can not be guessed when they are first named. Minutes are of processor time.
+Stopped at any time (or after --piece minutes) the program goes on from DIR/training.pt.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import lzma
 import math
 import random
 import time
@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
+
+from pared.calibration import read_documents
 
 LENGTH = 2048
 
@@ -42,10 +44,10 @@ class Stage:
 
 # Short lists alone come first: the heads that copy do not form from long ones.
 CURRICULUM = (
-    Stage(0.4, 128, 1024, 1.0, 8),
-    Stage(0.5, 256, 2048, 0.6, 24),
-    Stage(0.6, 512, 2048, 0.4, 48),
-    Stage(0.7, 1024, 4096, 0.3, 96),
+    Stage(0.55, 128, 1024, 1.0, 8),
+    Stage(0.65, 256, 2048, 0.6, 24),
+    Stage(0.7, 512, 2048, 0.4, 48),
+    Stage(0.75, 1024, 4096, 0.3, 96),
     Stage(1.0, LENGTH, 4096, 0.3, 160),
 )
 HELD_OUT = 200_000  # tokens at the end of the text that are not trained on
@@ -64,17 +66,11 @@ class Text:
     sign: list[int]
 
 
-def read(path: Path) -> list[str]:
-    """The documents of a text: its lines."""
-    text = lzma.decompress(path.read_bytes()).decode() if path.suffix == ".xz" else path.read_text()
-    return [line for line in text.splitlines() if line.strip()]
-
-
 def prepare(start: Path, path: Path, out: Path) -> Text:
     """The text in tokens, which are kept for the next piece."""
     cache, tokenizer = out / "tokens.pt", AutoTokenizer.from_pretrained(start)
     if not cache.exists():
-        rows = tokenizer(read(path), add_special_tokens=False)["input_ids"]
+        rows = tokenizer(read_documents(path), add_special_tokens=False)["input_ids"]
         newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
         torch.save(torch.tensor([t for row in rows for t in (*row, *newline)], dtype=torch.int16), cache)
         tokenizer.model_max_length = LENGTH
@@ -246,7 +242,7 @@ def main() -> None:
     parser.add_argument("start", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=12, help="of processor time for the training in all")
+    parser.add_argument("--minutes", type=float, default=6, help="of processor time for the training in all")
     parser.add_argument("--piece", type=float, default=14, help="minutes by the clock after which this run stops")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -28,7 +28,8 @@ class Engine:
         if not self.model:
             raise ModelError("llama.cpp does not load this file", where=path, fix="export it again")
         options = self.lib.llama_context_default_params()
-        options.n_ctx = options.n_batch = options.n_ubatch = context
+        options.n_ctx = options.n_batch = context
+        options.n_ubatch = min(context, 512)
         options.n_threads = options.n_threads_batch = threads
         options.type_k = options.type_v = _F32 if exact else _F16
         options.flash_attn_type = 0
