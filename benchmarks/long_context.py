@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--needles", type=int, default=8)
+    parser.add_argument("--rows", default="", help="a semicolon-separated part of the table, in this order; by default all")
     parser.add_argument("--minutes", type=float, default=14, help="begin no row after this time")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -85,7 +86,8 @@ def main() -> None:
     noted = {r["name"]: r for r in map(json.loads, journal.read_text().splitlines())} if journal.exists() else {}
     task = Task.make(args)
     with tempfile.TemporaryDirectory() as folder:
-        for row in ROWS:
+        wanted = [r for name in args.rows.split(";") for r in ROWS if r.name == name] or ROWS
+        for row in wanted:
             if row.name in noted:
                 continue
             if time.monotonic() - begun > 60 * args.minutes:

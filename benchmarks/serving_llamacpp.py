@@ -2,7 +2,7 @@
 
     python benchmarks/serving_llamacpp.py [--out benchmarks/results/serving-llamacpp]
 
-The model: a random Llama of 26M parameters (hidden 512, 8 layers, FFN 1408, 8 heads and 4 KV heads of 64, vocabulary 4096).
+The model: a random Llama (hidden 512, 8 layers, FFN 1408, 8 heads and 4 KV heads of 64, vocabulary 4096).
 What is measured is the shape: which units go is drawn at random. One thread; processor time, which other programs on the
 machine do not stretch; the least of several runs. Prefill: a prompt of 256 tokens at once; decode: 32 tokens after it.
 """
