@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import pared
 import tiny
 from pared.budget import Amount, Budget
+from pared.budget.levels import measure_levels
 from pared.budget.search import Shape, mutate, search
 from pared.budget.trials import Judges
 from pared.budget.uniform import allocate_uniform, per_layer, uniform_shapes
@@ -134,6 +135,30 @@ def test_trials_side_by_side_are_trials_one_by_one() -> None:
     for judge in (lambda s: judges.sequential(s, 0.5), judges.quick):
         together = judge(shapes)
         assert together == [judge([s])[0] for s in shapes] and together[3] == 0.0 < together[0]
+
+
+def test_parts_of_a_sequence_give_the_divergence_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    judges = Judges(Stream(tiny.model("llama"), layout("llama")), AXES, rows(16), 4)
+    shapes: list[Shape] = [{0: {"ffn": 24}}, {}]
+    whole = judges.quick(shapes)
+    monkeypatch.setattr("pared.budget.trials.FEW", 5)
+    assert judges.quick(shapes) == pytest.approx(whole, rel=1e-5) and whole[1] == 0.0
+
+
+def test_one_elimination_gives_every_size_its_units_and_its_refit() -> None:
+    model = tiny.model("llama")
+    stream = Stream(model, layout("llama"))
+    hidden = stream.embed(rows(8))
+    with stream.block(0) as block, torch.no_grad():
+        _, alone = measure_levels(stream, block, 0, hidden, AXES)
+        _, together = measure_levels(stream, block, 0, hidden, AXES)
+        sizes = [{"ffn": n} for n in (40, 24, 8)]
+        together.prepare(sizes)
+        for own in sizes:
+            keep = together.select(own)
+            (name,) = together.tensors(block, keep)
+            solved = alone.tensors(block, keep)[name]
+            assert len(keep["ffn"]) == own["ffn"] and torch.allclose(together.tensors(block, keep)[name], solved, atol=1e-4)
 
 
 def test_a_search_needs_second_order_selection() -> None:

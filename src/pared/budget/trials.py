@@ -27,6 +27,8 @@ LevelsAt = Callable[[int, nn.Module, States], tuple[States, Levels]]
 
 # Bytes of second moments that are kept between trials; where a model's are more, they are measured each time.
 KEPT = 2 << 30
+# Tokens whose logits are there at once: with a large vocabulary they are the largest tensor of all.
+FEW = 128
 
 
 class Judges:
@@ -142,10 +144,13 @@ def divergences(stream: Stream, dense: Sequence[Tensor], paths: Sequence[Sequenc
     tokens = 0
     with stream.outside(front=False):
         for b, hidden in enumerate(dense):
-            for row in range(hidden.shape[0]):  # the logits of a large vocabulary are the largest tensor of all
-                p = torch.log_softmax(stream.logits(hidden[row : row + 1]).float(), -1)
-                tokens += p.shape[1]
-                for k, path in enumerate(paths):
-                    q = torch.log_softmax(stream.logits(path[b][row : row + 1]).float(), -1)
-                    totals[k] += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+            for row in range(hidden.shape[0]):
+                for start in range(0, hidden.shape[1], FEW):
+                    at = slice(row, row + 1), slice(start, start + FEW)
+                    p = torch.log_softmax(stream.logits(hidden[at]).float(), -1)
+                    weight = p.exp()
+                    tokens += p.shape[1]
+                    for k, path in enumerate(paths):
+                        q = torch.log_softmax(stream.logits(path[b][at]).float(), -1)
+                        totals[k] += float(q.neg_().add_(p).mul_(weight).sum(dtype=torch.float64))
     return [t / tokens if math.isfinite(t) else math.inf for t in totals]
