@@ -251,16 +251,18 @@ def slow_run(out: Path, storyteller: Path, **streams: Any) -> subprocess.Popen[b
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_nothing_behind(tmp_path: Path, storyteller: Path, number: signal.Signals, code: int) -> None:
+def test_a_second_signal_ends_a_long_step_at_once(tmp_path: Path, storyteller: Path, number: signal.Signals, code: int) -> None:
     running = slow_run(tmp_path / "out", storyteller, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     end = time.monotonic() + 60
     while not (tmp_path / "out.partial").exists() and running.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
     assert (tmp_path / "out.partial").exists()
     running.send_signal(number)
+    assert running.stderr is not None and b"finishing the step" in running.stderr.readline()
+    running.send_signal(number)
     said = running.communicate(timeout=60)[1].decode()
     assert running.returncode == code and "Traceback" not in said
-    assert tree(tmp_path) == {}
+    assert "go on with: pared prune" in said and not (tmp_path / "out").exists()
 
 
 def test_a_terminal_sees_progress_and_a_pipe_beside_it_only_the_path(tmp_path: Path, model: Path) -> None:

@@ -35,6 +35,20 @@ class Batch:
     attention_mask: Tensor | None = None
 
 
+def together(rows: Sequence[Batch], size: int) -> list[Batch]:
+    """Single rows in batches of up to `size` rows of equal length, in their order."""
+    out: list[Batch] = []
+    for row in rows:
+        last = out[-1] if out else None
+        alike = last is not None and (last.attention_mask is None) == (row.attention_mask is None)
+        if last is not None and alike and last.input_ids.shape[1] == row.input_ids.shape[1] and len(last.input_ids) < size:
+            masks = [m for m in (last.attention_mask, row.attention_mask) if m is not None]
+            out[-1] = Batch(torch.cat([last.input_ids, row.input_ids]), torch.cat(masks) if masks else None)
+        else:
+            out.append(row)
+    return out
+
+
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """Token windows, int64 [n, s], a mask of the same shape (1 = a token, None where nothing is padded), and their origin."""

@@ -10,6 +10,7 @@ import difflib
 import errno
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -21,7 +22,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from pared.commands import checking, demo, exporting, importing, pruning, recovering
-from pared.errors import ParedError, ResourceError
+from pared.errors import Interrupted, ParedError, ResourceError
 
 app = typer.Typer(name="pared", no_args_is_help=False, add_completion=False, pretty_exceptions_enable=False)
 app.command("inspect")(checking.inspect)
@@ -63,10 +64,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     _quiet()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        code = _run(sys.argv[1:] if arguments is None else arguments)
+        code = _run(arguments)
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, Interrupted):
+            error.fix = f"go on with: pared {shlex.join(arguments)}"
         code = report(error)
     sys.exit(code)
 

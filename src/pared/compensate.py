@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from pared.axes import Nested, indices
 from pared.blockparts import bias_of, consumers_of, cut, input_axes, matrices, oriented, rebuilt, stored
 from pared.calibration import Batch
+from pared.distributed import once
 from pared.elimination import Elimination, choose_units
 from pared.errors import UsageError
 from pared.estimate import Progress, silent
@@ -68,18 +69,39 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Reached:
+    """How far a walk has come: the next layer of the source, and the two streams that enter it; pruned None: it is the dense one."""
+
+    layer: int
+    dense: States
+    pruned: States | None
+
+
+@dataclass(frozen=True)
 class Refitted:
-    """One block of the result: the units that it keeps, and the tensors that are not merely cut, by their local name."""
+    """One block of the result: the units that it keeps, and the tensors that are not merely cut, by their local name.
+
+    reached: where a walk that is to go on after this block begins.
+    """
 
     layer: LayerPlan
     tensors: dict[str, Tensor]
     damping: dict[str, float | None]
+    reached: Reached | None = None
 
 
 def compensate(
-    stream: Stream, plan: Plan, batches: Sequence[Batch], method: Method | None = None, *, progress: Progress = silent
+    stream: Stream,
+    plan: Plan,
+    batches: Sequence[Batch],
+    method: Method | None = None,
+    *,
+    progress: Progress = silent,
+    reached: Reached | None = None,
 ) -> Iterator[Refitted]:
     """For each block of the result in turn, its weights refitted to the units that it keeps.
+
+    reached: where to go on; the blocks before it are passed over.
 
     Layers that the plan leaves out are passed over: their part of the drift goes into the targets of the layers after
     them. Layers in which the plan cuts nothing stay as they are. Hidden channels can not be cut at the same time.
@@ -92,15 +114,18 @@ def compensate(
     batches = unpadded(batches)
     x = stream.embed(batches)
     pruned: States | None = None  # the dense stream itself until something is cut
+    if reached is not None:
+        x, pruned = reached.dense, reached.pruned
     place = {layer.source: i for i, layer in enumerate(plan.layers)}
-    for i in range(stream.num_layers):
+    for i in range(reached.layer if reached else 0, stream.num_layers):
         with stream.block(i) as block, torch.no_grad():
             keep = plan.selection(place[i], stream.layout) if i in place else None
             walk = Walk(stream, i, block, keep, method)
             x, pruned = walk.through(x, pruned, last=i == stream.num_layers - 1)
         progress("refit", i + 1, stream.num_layers)
         if i in place:
-            yield Refitted(layer_plan(i, walk.keep, stream.layout.sizes_at(i)), walk.tensors(), walk.damping)
+            layer = layer_plan(i, walk.keep, stream.layout.sizes_at(i))
+            yield Refitted(layer, walk.tensors(), walk.damping, Reached(i + 1, x, pruned))
 
 
 class Walk:
@@ -143,7 +168,9 @@ class Walk:
         """The block taken apart."""
         mode = self.method.mode
         producers = self._producers() if mode == "sequential" and self.method.inputs else []
-        return stages_of(self.stream, self.block, self.i, x[0][:1], self._consumers(), producers)
+        made = stages_of(self.stream, self.block, self.i, x[0][:1], self._consumers(), producers)
+        apart, adds, rest = once(lambda: (made.apart, made.adds, made.rest))
+        return replace(made, apart=apart, adds=adds, rest=rest)
 
     def follow(self, dense: Dense, pruned: States | None, *, last: bool = False) -> States | None:
         """Choose, refit, and what leaves the block of the pruned stream; None where that is the dense one again."""
@@ -232,11 +259,13 @@ class Walk:
         module = self._module(self._done(dense.stages.order[:stage]))
         width = self._weight(group[0]).shape[1]
         fit, held = self._moments(width, width)
-        seen = 0
+        seen = self.stream.first_row // 2
         for b in range(0, few, 2):  # half of them: these are few numbers, and close to what they were
             h = reads(self.stream, self.block, self.i, dense.stages, stage, group[0], dense.at[b])
             a = reads(self.stream, module, self.i, dense.stages, stage, group[0], now[b])
             seen = _split(fit, held, a, h, seen)
+        fit.total()
+        held.total()
         held = held if held.count else fit
         for centred in (False, True):
             names = [n for n in group if (self._bias(n) is not None) == centred]
@@ -258,7 +287,7 @@ class Walk:
         w = self._weight(name)
         sums = self._moments(w.shape[1], w.shape[0]) if fits else []
         waiting = self.stream.pool.store()
-        seen = 0
+        seen = self.stream.first_row
         for b in range(few):
             there = dense.consumer(stage, b)
             if not fits and not moves:
@@ -273,6 +302,8 @@ class Walk:
             if moves:
                 waiting.append(here.a)
         if fits:
+            for moments in sums:
+                moments.total()
             self._refit(name, sums)
         for b, a in enumerate(waiting.drain()):
             now[b] = now[b] + self._gives(name, a)
@@ -330,7 +361,7 @@ class Walk:
         full = self._full(name)
         node = self.layout.tensors[full].dims[self.layout.consumers[full]]
         wanted = {a: n for a, n in kept_sizes(self.keep).items() if a in axes}
-        self.keep.update(choose_units(state, node, self.sizes, self.layout.parents, wanted))
+        self.keep.update(once(lambda: choose_units(state, node, self.sizes, self.layout.parents, wanted)))
 
     def _kept_columns(self, name: str) -> Tensor:
         full = self._full(name)

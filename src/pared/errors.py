@@ -50,3 +50,11 @@ class GateError(ParedError):
     """A quality gate that the user asked for was not passed."""
 
     exit_code = 6
+
+
+class Interrupted(ParedError):
+    """A run was told to stop, and has: the same call goes on where it was."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("stopped; nothing that was done is lost", fix="the same command goes on from here")
+        self.exit_code = 128 + number

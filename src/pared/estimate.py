@@ -17,9 +17,12 @@ from torch.nn import functional as F
 from pared.axes import names as names_in
 from pared.calibration import Batch
 from pared.criteria import WHOLE, Criterion, Group, Moments, Routing, Stats
+from pared.distributed import total, total_of
 from pared.errors import ModelError, UsageError
-from pared.gradients import WeightGradients, forward_with_loss, next_token_loss, walk_back
+from pared.gradients import WeightGradients, forward_with_loss, walk_back
+from pared.journal import Journal
 from pared.plan import to_ranges
+from pared.removal import search_removals
 from pared.routing import Visits, expert_modules, watched
 from pared.spill import States
 from pared.stream import Stream, Visit, nothing_around, observed, unpadded
@@ -55,7 +58,7 @@ class Scores:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with one tensor for each (layer, axis)."""
-        data = {axis if layer is None else f"layers.{layer}.{axis}": t.contiguous() for (layer, axis), t in self.of.items()}
+        data = {_name_of(key): t.contiguous() for key, t in self.of.items()}
         save_file(data, str(path), metadata={"format": "pared-scores/1", "comparable": str(self.comparable)})
 
     @classmethod
@@ -67,8 +70,7 @@ class Scores:
                 raise UsageError("not a file of scores", where=path)
             out.comparable = metadata.get("comparable") == "True"
             for name in f.keys():  # noqa: SIM118  (safe_open is no mapping)
-                parts = name.split(".")
-                out.of[(int(parts[1]), parts[2]) if parts[0] == "layers" else (None, name)] = f.get_tensor(name)
+                out.of[_key_of(name)] = f.get_tensor(name)
         return out
 
 
@@ -82,8 +84,11 @@ def estimate(
     seed: int = 0,
     layers_to_remove: int = 0,
     progress: Progress = silent,
+    journal: Journal | None = None,
 ) -> Scores:
     """Score every unit of the given axes in every layer.
+
+    journal: where blocks that are done are noted, in passes that go forward, and from where they are gone on with.
 
     axes: names of axes, and "layer". Hidden channels are scored by what all blocks together hold of them.
     layers_to_remove: how far a criterion that searches over removals has to go. batches may be empty for a criterion
@@ -98,8 +103,12 @@ def estimate(
     if not batches and criterion.needs != "weights":
         raise UsageError(f"the criterion {criterion.name!r} needs calibration text of two tokens or more", where="calibration")
     scores = Scores(comparable=criterion.comparable)
+    steps = _Steps(journal, scores, stream)
+    if steps.first == stream.num_layers:
+        return scores
     if criterion.needs == "removal":
-        _search_removals(stream, criterion, batches, layers_to_remove, scores, progress)
+        scores.of[None, "layer"] = search_removals(stream, criterion, batches, layers_to_remove, progress)
+        steps.finish()
         return scores
 
     def score(i: int, block: nn.Module, stats: Stats) -> None:
@@ -114,9 +123,11 @@ def estimate(
 
     stream.around = _visit_counter(stream.layout, scores)
     try:
-        _run(stream, criterion, axes, batches, score, progress)
+        _run(stream, criterion, axes, batches, score, progress, steps)
     finally:
         stream.around = nothing_around
+    total(*(scores.visits[i] for i in sorted(scores.visits)))
+    steps.finish()
     return scores
 
 
@@ -127,19 +138,21 @@ def _run(
     batches: Sequence[Batch],
     score: Callable[[int, nn.Module, Stats], None],
     progress: Progress,
+    steps: _Steps,
 ) -> None:
     """Gather what the criterion needs, block by block, and have each block scored."""
     if criterion.needs == "weights":
-        for i in range(stream.num_layers):
+        for i in range(steps.first, stream.num_layers):
             with stream.block(i) as block, torch.no_grad():
                 score(i, block, Stats())
             progress("scores", i + 1, stream.num_layers)
+            steps.done(i, None)
     elif criterion.needs == "activations":
-        stream.forward(batches, _activation_visitor(stream, axes, score, progress))
+        stream.forward(batches, _activation_visitor(stream, axes, score, progress), start=steps.start, after=steps.done)
     elif criterion.needs == "routing":
-        stream.forward(batches, _routing_visitor(stream, score, progress))
+        stream.forward(batches, _routing_visitor(stream, score, progress), start=steps.start, after=steps.done)
     elif criterion.needs == "second-moments":
-        stream.forward(batches, _second_moment_visitor(stream, axes, score, progress))
+        stream.forward(batches, _second_moment_visitor(stream, axes, score, progress), start=steps.start, after=steps.done)
     elif criterion.needs == "second-moments-fisher":
         _second_moments_with_fisher(stream, axes, batches, score, progress)
     else:
@@ -151,6 +164,48 @@ def _run(
             progress("gradients", stream.num_layers - i, stream.num_layers)
 
         walk_back(stream, batches, state, visit, squared=squared)
+
+
+class _Steps:
+    """Blocks that have been scored, and the hidden states after them, in a journal where there is one."""
+
+    def __init__(self, journal: Journal | None, scores: Scores, stream: Stream) -> None:
+        self._journal, self._scores, self._layers = journal, scores, stream.num_layers
+        self.first = 0
+        self.start: tuple[int, States] | None = None
+        found = journal.last("scores", stream.pool) if journal is not None else None
+        if found is not None:
+            self.first, record, tensors = found
+            hidden = tensors.pop("hidden", None)
+            scores.visits = {int(i): torch.tensor(counts) for i, counts in record.items()}
+            scores.of = {_key_of(name): values[0] for name, values in tensors.items()}
+            self.start = None if hidden is None else (self.first, hidden)
+
+    def done(self, i: int, hidden: States | None) -> None:
+        if i + 1 < self._layers:
+            self._note(i + 1, hidden)
+
+    def finish(self) -> None:
+        self._note(self._layers, None)
+
+    def _note(self, at: int, hidden: States | None) -> None:
+        if self._journal is None:
+            return
+        tensors: dict[str, Sequence[Tensor]] = {_name_of(key): [value] for key, value in self._scores.of.items()}
+        if hidden is not None:
+            tensors["hidden"] = hidden
+        visits = {str(k): counts.tolist() for k, counts in self._scores.visits.items()}
+        whole = at == self._layers
+        self._journal.checkpoint("scores", "scored" if whole else "scores of a block", at, visits, tensors, last=whole)
+
+
+def _name_of(key: tuple[int | None, str]) -> str:
+    return key[1] if key[0] is None else f"layers.{key[0]}.{key[1]}"
+
+
+def _key_of(name: str) -> tuple[int | None, str]:
+    parts = name.split(".")
+    return (int(parts[1]), parts[2]) if parts[0] == "layers" else (None, name)
 
 
 def _put(scores: Scores, axis: str, layer: int, value: Tensor, num_layers: int) -> None:
@@ -208,7 +263,9 @@ def _activation_visitor(
                 cosine += float(F.cosine_similarity(h.float(), after.float(), dim=-1).sum())
                 tokens += h.shape[0] * h.shape[1]
                 out.append(after)
-        score(i, block, Stats(moments=watched, cosine=cosine / tokens))
+        for moments in watched.values():
+            total(moments.count, moments.total, moments.absolute, moments.square)
+        score(i, block, Stats(moments=watched, cosine=total_of(cosine) / total_of(tokens)))
         progress("activations", i + 1, stream.num_layers)
         return out
 
@@ -227,6 +284,9 @@ def _routing_visitor(stream: Stream, score: Callable[[int, nn.Module, Stats], No
 
         with watched(expert_modules(stream.layout, i, block), see):
             out = stream.through(block, i, hidden)
+        if found:
+            total(found[0].count, found[0].gated, found[0].output)
+            found[0].tokens = int(total_of(found[0].tokens))
         score(i, block, Stats(routing=found[0] if found else None))
         progress("routing", i + 1, stream.num_layers)
         return out
@@ -273,6 +333,8 @@ class _SecondMoments:
         self.count[name] += x.shape[0]
 
     def means(self) -> dict[str, Tensor]:
+        total(*(self.sums[n] for n in self.names))
+        self.count = {n: int(total_of(c)) for n, c in self.count.items()}
         return {n: self.sums[n] / self.count[n] for n in self.names}
 
 
@@ -326,53 +388,8 @@ def _second_moments_with_fisher(
                 handle.remove()
 
     def visit(i: int, block: nn.Module, _: WeightGradients) -> None:
+        total(*(found[n] for n in moments[0].names))
         score(i, block, Stats(second_moments=moments[0].means(), output_fisher=found))
         progress("second moments", stream.num_layers - i, stream.num_layers)
 
     walk_back(stream, batches, state, visit, weights=False, around=around)
-
-
-def _search_removals(
-    stream: Stream, criterion: Criterion, batches: Sequence[Batch], wanted: int, scores: Scores, progress: Progress
-) -> None:
-    """Remove the layer whose absence costs least, measure all again, and so on: the order becomes the score.
-
-    One pass over the blocks for each removal: every candidate's hidden states travel side by side.
-    """
-    wanted = min(max(1, wanted), stream.num_layers - 1)
-    entered = stream.embed(batches)
-    gone: list[int] = []
-    for done in range(wanted):
-        losses = _losses_without(stream, batches, entered, gone)
-        gone.append(min(losses, key=lambda k: losses[k]))
-        progress("removals", done + 1, wanted)
-    value = torch.zeros(stream.num_layers)
-    for layer in range(stream.num_layers):
-        # Losses of later rounds are those of smaller models, so layers that went keep their order, below all others.
-        without = gone.index(layer) - wanted if layer in gone else losses[layer]
-        group = Group("layer", ("layer",), 1, layer, {}, {}, {}, {})
-        value[layer] = criterion.function(group, Stats(loss_without=without))[0]
-    scores.of[(None, "layer")] = value
-
-
-def _losses_without(stream: Stream, batches: Sequence[Batch], entered: States, gone: list[int]) -> dict[int, float]:
-    """Mean loss with each further layer left out."""
-    paths: dict[int | None, States] = {None: entered}
-    for i in range(stream.num_layers):
-        if i in gone:
-            continue
-        before = paths[None]
-        with stream.block(i) as block, torch.no_grad():
-            paths = {k: stream.through(block, i, hidden, keep=True) for k, hidden in paths.items()}
-        paths[i] = before
-    tokens = sum(b.input_ids.shape[0] * (b.input_ids.shape[1] - 1) for b in batches)
-    losses = {}
-    with stream.outside(front=False), torch.no_grad():
-        for candidate, hidden in paths.items():
-            if candidate is not None:
-                total = sum(
-                    float(next_token_loss(stream.logits(h), b.input_ids.to(h.device)))
-                    for h, b in zip(hidden, batches, strict=True)
-                )
-                losses[candidate] = total / tokens
-    return losses

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pared.blockparts import consumers_of, is_sum, observe
 from pared.calibration import Batch
+from pared.distributed import total_by_name, total_of
 from pared.errors import ModelError
 from pared.spill import States
 from pared.stream import Stream
@@ -54,7 +55,7 @@ def forward_with_loss(stream: Stream, batches: Sequence[Batch], *, keep_inputs: 
         return first.after + stream.through(block, i, hidden[1:], keep=True)
 
     last = stream.forward(batches, visit)
-    tokens = sum(b.input_ids.shape[0] * (b.input_ids.shape[1] - 1) for b in batches)
+    tokens = int(total_of(sum(b.input_ids.shape[0] * (b.input_ids.shape[1] - 1) for b in batches)))
     gradients, total = stream.pool.store(), 0.0
     with stream.outside(front=False):
         for hidden, batch in zip(last.drain(), batches, strict=True):
@@ -70,6 +71,7 @@ def forward_with_loss(stream: Stream, batches: Sequence[Batch], *, keep_inputs: 
                 total += float(loss.detach())
             if rows:
                 gradients.append(torch.cat(rows))
+    total = total_of(total)
     if not math.isfinite(total):
         raise ModelError(
             "the loss on the calibration text is not finite", fix="check the weights with pared verify, or try --dtype float32"
@@ -101,7 +103,7 @@ def walk_back(
     squared wants one backward pass for each sequence. weights: False sends the gradient through without computing any
     for the weights. around: a context in which a block runs forward and backward, to hang hooks in.
     """
-    sequences = sum(b.input_ids.shape[0] for b in batches)
+    sequences = int(total_of(sum(b.input_ids.shape[0] for b in batches)))
     for i in reversed(range(stream.num_layers)):
         inputs = state.inputs.pop()
         with stream.block(i) as block:
@@ -117,6 +119,9 @@ def walk_back(
                     )
             for n, p in parameters.items():
                 p.requires_grad_(flags[n])
+            total_by_name(found.first, parameters)
+            if squared:
+                total_by_name(found.squared, parameters)
             with torch.no_grad():
                 visit(i, block, found)
 

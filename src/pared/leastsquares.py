@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pared.distributed import total, total_of
 from pared.errors import ModelError
 
 DAMPING = 1e-2
@@ -76,6 +77,11 @@ class Moments2:
         self.count += a.shape[0]
         add_square(self.upper, a)
         self.a += a.sum(0)
+
+    def total(self) -> None:
+        """Sum over the processes that each saw a part of the tokens."""
+        total(self.upper, self.ta, self.a, self.t)
+        self.count, self.tt = total_of(self.count), total_of(self.tt)
 
     def plus(self, other: Moments2) -> Moments2:
         return Moments2(

@@ -275,6 +275,14 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
+def keep_no_freed_memory() -> None:
+    """Have large pieces of freed memory go back to the system at once: slower, and what a bound on memory counts on."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 20)  # M_TRIM_THRESHOLD
+
+
 def return_freed_memory() -> None:
     """Give freed memory back to the system.
 

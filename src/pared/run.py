@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pared import modeling
 from pared.budget import Amount, Budget
 from pared.budget.select import Effort, check_amount, make_plan, recount
 from pared.budget.uniform import allocate_uniform
-from pared.calibration import Calibration
-from pared.checkpoint import place_of
-from pared.compensate import Method, Refitted, compensate
+from pared.calibration import Calibration, together
+from pared.compensate import Method, Reached, Refitted, compensate
 from pared.compose import compose
 from pared.criteria import get_criterion
+from pared.distributed import first_row, once, own_rows, rank, size
 from pared.effort import GENERATIONS, judges, measures, no_scores, reselected
 from pared.errors import UsageError
 from pared.estimate import Progress, Scores, estimate, silent
-from pared.models import NATIVE
+from pared.journal import Journal, reached, stopping_at_steps
+from pared.means import Means, backing_off, key_of, noted_calibration, resources_of, tell, versions
+from pared.output import Written, write_pruned
 from pared.plan import Plan
 from pared.recipe import Recipe, make_recipe
-from pared.remote_code import FILE, auto_map, modelling_file
-from pared.report.card import model_card
 from pared.resolve import calibrate, compute_dtype, resolve, scored_axes
+from pared.resources import Limits, Resources, check_disk, used
 from pared.retokenize import (
     Retokenized,
     check_vocabulary,
@@ -41,15 +40,9 @@ from pared.retokenize import (
     with_vocabulary,
 )
 from pared.source import Source
-from pared.stream import Stream
 from pared.surgery import (
-    cut_block,
     cut_model,
-    cut_outside,
     cut_refitted,
-    embedding_scale,
-    keep_scale,
-    target_config,
     written_as,
 )
 from pared.writer import CheckpointWriter
@@ -76,12 +69,14 @@ def plan_pruning(
     calibration: Calibration | None = None,
     vocabulary: Retokenized | None = None,
     progress: Progress = silent,
+    means: Means | None = None,
 ) -> tuple[Plan, Scores]:
     """Score and decide, cutting nothing. calibration: None makes it as the recipe says, where the criterion wants any.
 
-    vocabulary: what `keep_tokens` gave for this recipe.
+    vocabulary: what `keep_tokens` gave for this recipe. means: what to work with.
     """
     recipe = resolve(recipe, source)
+    means = means or Means(Resources(recipe.batch))
     axes = scored_axes(source.layout, recipe)
     whole = _budget(source, recipe, axes, recipe.share)
     whole.vocab = None if vocabulary is None else len(vocabulary.kept)
@@ -90,11 +85,12 @@ def plan_pruning(
     criterion = get_criterion(recipe.criterion or "")
     if calibration is None and criterion.needs != "weights":
         calibration = calibrate(source, recipe)
-    batches = calibration.batches(recipe.batch) if calibration else []
-    provenance = _provenance(source, recipe, calibration)
+    rows = own_rows(calibration.batches(1)) if calibration else []
+    mine = together(rows, means.resources.batch)
+    every = calibration.batches(means.resources.batch) if calibration else []
 
     def decide(now: Source, share: float) -> tuple[Plan, Scores]:
-        stream = Stream(now.runnable, now.layout, dtype=compute_dtype(recipe), device=recipe.device)
+        stream = means.stream(now, recipe)
         budget = _budget(now, recipe, axes, share)
         budget.vocab = whole.vocab
         measured = measures(recipe, now.layout, axes)
@@ -106,22 +102,25 @@ def plan_pruning(
                 stream,
                 criterion,
                 axes,
-                batches,
+                mine,
                 reduction=recipe.reduction,
                 seed=recipe.seed,
                 layers_to_remove=going + 1,
                 progress=progress,
+                journal=means.journal if recipe.iterative_steps == 1 and size() == 1 else None,
             )
-        return make_plan(
+        made = make_plan(
             budget,
             scores,
             shape=recipe.shape,
             allocate=recipe.allocate or "uniform",
-            judges=judges(stream, axes, batches, recipe.batch) if measured else None,
+            judges=judges(stream, axes, every, means.resources.batch) if measured else None,
             effort=Effort(recipe.search_steps or GENERATIONS[recipe.effort], recipe.search_minutes, recipe.seed),
-            provenance=provenance,
             progress=progress,
-        ), scores
+        )
+        # After the weights were read: what identifies them was gathered on the way.
+        said = {**_provenance(source, recipe, calibration), **made.provenance}
+        return made.model_copy(update={"provenance": said}), scores
 
     if recipe.iterative_steps == 1:
         once, scores = decide(source, recipe.share)
@@ -143,7 +142,9 @@ def plan_pruning(
         now = Source.open(cut_model(dense, source.layout, plan), source.tokenizer)
     if plan is None:
         raise UsageError("the first step removed everything asked for", fix="use fewer --iterative-steps")
-    return recount(plan.model_copy(update={"requested": recipe.remove, "provenance": provenance}), whole), scores
+    return recount(
+        plan.model_copy(update={"requested": recipe.remove, "provenance": _provenance(source, recipe, calibration)}), whole
+    ), scores
 
 
 def _compensates(recipe: Recipe) -> bool:
@@ -151,20 +152,34 @@ def _compensates(recipe: Recipe) -> bool:
 
 
 def refit_blocks(
-    source: Source, plan: Plan, recipe: Recipe, calibration: Calibration | None = None, progress: Progress = silent
+    source: Source,
+    plan: Plan,
+    recipe: Recipe,
+    calibration: Calibration | None = None,
+    progress: Progress = silent,
+    *,
+    means: Means | None = None,
+    reached: Reached | None = None,
 ) -> Iterator[Refitted] | None:
-    """Compensation as the recipe says, block by block as it is asked for; None where there is none."""
+    """Compensation as the recipe says, block by block as it is asked for; None where there is none.
+
+    means: what to work with. reached: where to go on.
+    """
     if not _compensates(recipe) or plan.hidden is not None or not any(layer.keep for layer in plan.layers):
         return None
-    stream = Stream(source.runnable, source.layout, dtype=compute_dtype(recipe), device=recipe.device)
-    batches = (calibration or calibrate(source, recipe)).batches(recipe.batch)
+    means = means or Means(Resources(recipe.batch))
+    stream = means.stream(source, recipe)
+    if recipe.reconstruct and size() > 1:
+        raise UsageError("gradient descent on blocks runs in one process", where="--reconstruct", fix="--reconstruct 0")
+    rows = (calibration or calibrate(source, recipe)).batches(1)
+    batches, stream.first_row = together(own_rows(rows), means.resources.batch), first_row(len(rows))
     method = Method(
         mode=recipe.compensate or "sequential",
         reselect=reselected(recipe, source.layout),
         steps=recipe.reconstruct or 0,
         seed=recipe.seed,
     )
-    return compensate(stream, plan, batches, method, progress=progress)
+    return compensate(stream, plan, batches, method, progress=progress, reached=reached)
 
 
 def chosen_again(plan: Plan, refitted: Iterator[Refitted] | None) -> Plan:
@@ -189,77 +204,12 @@ def _budget(source: Source, recipe: Recipe, axes: tuple[str, ...], share: float)
 
 
 def _provenance(source: Source, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
-    versions = {p: importlib.metadata.version(p) for p in ("pared", "torch", "transformers", "safetensors")}
-    out: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "versions": versions}
+    out: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "versions": versions()}
     if source.checkpoint is not None:
         out["source"] = {"name": source.checkpoint.path.name, "digest": source.checkpoint.digest()}
     if calibration is not None:
         out["calibration"] = {"source": calibration.source, "tokens": calibration.tokens, "digest": calibration.digest()}
     return out
-
-
-def write_pruned(
-    source: Source,
-    plan: Plan,
-    writer: CheckpointWriter,
-    recipe: Recipe | None = None,
-    refitted: Iterator[Refitted] | None = None,
-    vocabulary: Retokenized | None = None,
-) -> tuple[Path, Plan]:
-    """Cut the source as a plan says, one block at a time, into a checkpoint. Returns where it lies and the final plan.
-
-    refitted: for each block of the result in turn, the units that it keeps, and tensors that take the place of those
-    that are merely cut. vocabulary: the tokenizer's files, where the plan has a vocabulary.
-    """
-    layout = source.layout
-    plan.check(layout)
-    target, per_layer = target_config(layout, source.config, plan)
-    result = modeling.skeleton(target, per_layer)
-    weights = None
-    model = source.model
-    if model is None:
-        checkpoint = source.checkpoint
-        if checkpoint is None:
-            raise UsageError("nothing to cut")
-        model = modeling.skeleton(source.config, source.per_layer, dtype=modeling.checkpoint_dtype(checkpoint))
-        weights = modeling.Weights(checkpoint, model)
-
-    def write(names: list[str], cut: Callable[[Callable[[str], torch.Tensor]], dict[str, torch.Tensor]]) -> None:
-        if weights is not None:
-            weights.load(names)
-        state = model.state_dict()
-        for name, tensor in modeling.to_disk(result, cut(state.__getitem__)).items():
-            writer.add(name, tensor)
-        if weights is not None:
-            weights.unload(names)
-
-    scale = embedding_scale(model)
-    outside = [n for n in layout.tensors if layout.layer_of(n) is None]
-    write(outside, lambda read: keep_scale(result, layout, scale, cut_outside(layout, plan, read)))
-    for i, layer in enumerate(plan.layers):
-        done = next(refitted) if refitted is not None else None
-        if done is not None:
-            plan = plan.with_layer(i, done.layer)
-        changed = done.tensors if done is not None else {}
-        write(layout.block_tensors(layer.source), lambda read, i=i, p=plan, c=changed: cut_block(layout, p, i, read, c))  # type: ignore[misc]
-    writer.add_file("config.json", modeling.config_json(target, per_layer, auto_map(type(target), type(result))))
-    if per_layer:
-        writer.add_file(FILE, modelling_file(type(target), type(result)))
-    if target.model_type in NATIVE:
-        writer.add_file(NATIVE[target.model_type].file, NATIVE[target.model_type].code())
-    files = vocabulary.files if vocabulary else {}
-    for path in source.checkpoint.side_files() if source.checkpoint else []:
-        if place_of(path) not in files:
-            writer.copy_file(path)
-    for name, content in files.items():
-        if content is not None:
-            writer.add_file(name, content)
-    writer.add_file("plan.json", plan.to_json())
-    if recipe is not None:
-        writer.add_file("recipe.yaml", recipe.to_yaml())
-    own_head_size = modeling.undeclared_head_size(target) is not None
-    writer.add_file("README.md", model_card(plan, source.name, per_layer=bool(per_layer), own_head_size=own_head_size))
-    return writer.commit(), plan
 
 
 def apply_plan(model: str | Path, plan: Plan, out: str | Path, *, overwrite: bool = False) -> Path:
@@ -283,8 +233,9 @@ def recount_for(source: Source, plan: Plan) -> Plan:
     return recount(plan, Budget(source.layout, amount, (), context=plan.before.context, experts_used=source.experts_used))
 
 
-def _writer(source: Source, out: str | Path, overwrite: bool) -> CheckpointWriter:
-    return CheckpointWriter(out, overwrite=overwrite, source=source.checkpoint.path if source.checkpoint else None)
+def _writer(source: Source, out: str | Path, overwrite: bool, resumable: bool = False) -> CheckpointWriter:
+    place = source.checkpoint.path if source.checkpoint else None
+    return CheckpointWriter(out, overwrite=overwrite, source=place, resumable=resumable)
 
 
 def prune(
@@ -296,6 +247,10 @@ def prune(
     base: Mapping[str, Any] | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
+    restart: bool = False,
+    max_memory: str | int | None = None,
+    max_gpu_memory: str | int | None = None,
+    spill: str | Path | None = None,
     progress: Progress = silent,
     **settings: Any,
 ) -> Pruned:
@@ -304,6 +259,9 @@ def prune(
     model: a directory, a hub id, or a live causal language model (left as it is). out: where to write the result;
     None builds it in memory alone. calibration: as in a recipe, or token ids int64 [samples, length].
     settings: fields of `Recipe` (remove=0.2, criterion="taylor", ...); base: settings that those override.
+    max_memory, max_gpu_memory: bounds, as "4GiB", that the run chooses its batch by and beyond which hidden states go
+    to files in `spill`; no bound changes the result. A run that was stopped before `out` was complete is gone on with by
+    the same call; restart: begin it anew.
     Raises UsageError, ModelError and the other errors of `pared.errors`; nothing is written then.
     """
     ids = calibration if isinstance(calibration, torch.Tensor) else None
@@ -320,9 +278,23 @@ def prune(
     if axes and recipe.keep_tokens_from is None:
         check_amount(_budget(source, recipe, axes, recipe.share), recipe.allocate or "uniform")  # before weights are read
     started = time.perf_counter()
+    live = source.checkpoint is None
+    limits = Limits.parse(max_memory, max_gpu_memory, spill)
+    resources, need = resources_of(source, recipe, ids, limits, None if dry_run else out)
+    tell(progress, limit=limits.memory)
+    writes = out is not None and not dry_run and rank() == 0
     # The output is claimed before anything is computed: what is in its way should not be found after hours.
-    claim = _writer(source, out, overwrite) if out is not None and not dry_run else contextlib.nullcontext()
-    with claim as writer:
+    claim = _writer(source, out or "", overwrite, not live) if writes else contextlib.nullcontext()
+    with stopping_at_steps() if writes else contextlib.nullcontext(), claim as writer:
+        means = Means(resources)
+        if writer is not None and source.checkpoint is not None:
+            means.journal = Journal(writer.partial, key_of(source, recipe, ids), restart=restart)
+            # What is free may be more or less by now; another batch would round otherwise.
+            if (batch := means.journal.read("batch")) is None:
+                means.journal.write("batch", resources.batch)
+            else:
+                means.resources = replace(resources, batch=batch)
+            reached("claimed")
         vocabulary = None
         if recipe.keep_tokens_from is not None:
             budget = _budget(source, recipe, ("vocab",), recipe.share)
@@ -332,8 +304,9 @@ def prune(
                 budget.vocab = len(vocabulary.kept)
                 check_amount(budget, recipe.allocate or "uniform")
         wanted = axes and (get_criterion(recipe.criterion or "").needs != "weights" or (not dry_run and _compensates(recipe)))
-        text = calibrate(source, recipe, ids) if wanted else None
-        plan, scores = plan_pruning(source, recipe, calibration=text, vocabulary=vocabulary, progress=progress)
+        text = noted_calibration(source, recipe, ids, means.journal) if wanted else None
+        tell(progress, tokens=text.tokens if text else None)
+        plan, scores = _planned(source, recipe, text, vocabulary, progress, means)
         report: dict[str, Any] = {
             "model_type": source.layout.model_type,
             "requested": recipe.remove,
@@ -349,13 +322,66 @@ def prune(
             report["experts_never_routed"] = scores.never_visited()
         result: PreTrainedModel | None = None
         chooses = bool(reselected(recipe, source.layout))
-        refitted = refit_blocks(source, plan, recipe, text, progress) if chooses or not dry_run else None
+
+        def refitted(at: Reached | None = None) -> Iterator[Refitted] | None:
+            if not (chooses or not dry_run):
+                return None
+            return refit_blocks(source, plan, recipe, text, progress, means=means, reached=at)
+
         if writer is not None:
-            where, plan = write_pruned(source, plan, writer, recipe, refitted, vocabulary)
+            space = sum(t.nbytes for t in source.checkpoint.tensors.values()) if source.checkpoint else 0
+            check_disk(writer.partial, int(space * plan.after.params / plan.before.params), "the result", "free some space")
+            where, plan = backing_off(means, lambda: _write(source, plan, writer, recipe, refitted, vocabulary, means))
             report["out"] = str(where)
+        elif rank() > 0:
+            plan = chosen_again(plan, refitted())
         elif not dry_run:
-            result, plan = cut_refitted(source.resident(), source.layout, plan, refitted)
+            result, plan = cut_refitted(source.resident(), source.layout, plan, refitted())
         elif chooses:
-            plan = chosen_again(plan, refitted)
+            plan = chosen_again(plan, refitted())
     report["seconds"] = round(time.perf_counter() - started, 2)
+    if need is not None:
+        read = source.checkpoint.bytes_read if source.checkpoint else 0
+        report["resources"] = used(need, means.resources, means.pools, read)
     return Pruned(result, plan, report, scores, vocabulary.tokenizer if vocabulary else source.tokenizer)
+
+
+def _write(
+    source: Source,
+    plan: Plan,
+    writer: CheckpointWriter,
+    recipe: Recipe,
+    refitted: Callable[[Reached | None], Iterator[Refitted] | None],
+    vocabulary: Retokenized | None,
+    means: Means,
+) -> tuple[Path, Plan]:
+    steps = Written(means.journal if size() == 1 else None, writer, means.resources.pool())
+    return write_pruned(source, plan, writer, recipe, refitted(steps.reached), vocabulary, steps)
+
+
+def _planned(
+    source: Source,
+    recipe: Recipe,
+    text: Calibration | None,
+    vocabulary: Retokenized | None,
+    progress: Progress,
+    means: Means,
+) -> tuple[Plan, Scores]:
+    """The plan and the scores behind it, from the journal where they stand in it."""
+    journal = means.journal
+    found = once(lambda: journal.read("plan") if journal is not None else None)
+    if found is not None:
+        return Plan.model_validate(found["plan"]), Scores(
+            visits={int(i): torch.tensor(counts) for i, counts in found["visits"].items()}
+        )
+    plan, scores = backing_off(
+        means,
+        lambda: plan_pruning(source, recipe, calibration=text, vocabulary=vocabulary, progress=progress, means=means),
+    )
+    made = plan
+    plan = once(lambda: made)
+    if journal is not None:
+        visits = {str(i): counts.tolist() for i, counts in scores.visits.items()}
+        journal.write("plan", {"plan": plan.model_dump(mode="json"), "visits": visits})
+        reached("planned")
+    return plan, scores

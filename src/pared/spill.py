@@ -192,6 +192,12 @@ class States(MutableSequence[Tensor]):
         both._kept += other._kept
         return both
 
+    def like(self) -> Iterator[Tensor]:
+        """Tensors of the same shapes and dtypes that hold nothing (on the meta device)."""
+        for kept in self._kept:
+            if kept is not None:
+                yield torch.empty(kept.shape, dtype=kept.dtype, device="meta")
+
     def free(self, at: int) -> None:
         """Give one place back; the tensor can not be had again."""
         self._kept[at] = None

@@ -103,11 +103,15 @@ class Stream:
     ) -> None:
         self.layout, self.dtype, self.device = layout, dtype, torch.device(device)
         self.pool = pool or Pool()
+        self.first_row = 0  # the number of the first sequence here among those of all processes
         if isinstance(source, PreTrainedModel):
             self.model, self.weights = source, None
             self.device = next(source.parameters()).device
         else:
-            modeling.keep_freed_memory()
+            if self.pool.room is None:
+                modeling.keep_freed_memory()
+            else:
+                modeling.keep_no_freed_memory()
             config, per_layer = modeling.make_config(source.config)
             self.model = modeling.skeleton(config, per_layer, dtype=dtype or modeling.checkpoint_dtype(source))
             self.weights = modeling.Weights(source, self.model)
@@ -247,12 +251,25 @@ class Stream:
         with self._stand_ins([ignore] * last + [inject]):
             return self.model(inputs_embeds=placeholder, use_cache=False).logits
 
-    def forward(self, batches: Sequence[Batch], visit: Visit | None = None) -> States:
-        """All batches through all blocks. `visit` may take a block's place: (i, block, inputs) -> outputs."""
-        hidden = self.embed(batches)
-        for i in range(self.num_layers):
+    def forward(
+        self,
+        batches: Sequence[Batch],
+        visit: Visit | None = None,
+        *,
+        start: tuple[int, States] | None = None,
+        after: Callable[[int, States], None] | None = None,
+    ) -> States:
+        """All batches through all blocks. `visit` may take a block's place: (i, block, inputs) -> outputs.
+
+        start: the block to begin with, and what enters it. after: called with what leaves each block.
+        """
+        hidden = self.embed(batches)  # in any case: it shows what the blocks are called with
+        first, hidden = start or (0, hidden)
+        for i in range(first, self.num_layers):
             with self.block(i) as block, torch.no_grad(), self.around(i, block):
                 hidden = self.through(block, i, hidden) if visit is None else visit(i, block, hidden)
+            if after is not None:
+                after(i, hidden)
         return hidden
 
     def through(self, block: nn.Module, i: int, hidden: States, *, keep: bool = False) -> States:

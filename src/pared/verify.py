@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pared.checkpoint import Checkpoint
+from pared.durable import MANIFEST, MANIFEST_FORMAT
 from pared.errors import ModelError
 from pared.modeling import OBSOLETE, expected_tensors
 from pared.tensorfile import sha256
-from pared.writer import MANIFEST, MANIFEST_FORMAT
 
 # Files that a loader acts on: one that appears beside a finished checkpoint changes what is loaded.
 _LOADED = (".safetensors", ".json", ".bin", ".py", ".jinja")

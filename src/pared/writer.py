@@ -7,30 +7,29 @@ file, never through memory: a shard is as large as the disk allows, the resident
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
+import dataclasses
 import hashlib
+import io
 import json
 import os
-import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 from torch import Tensor
 
 from pared.checkpoint import INDEX, SINGLE, TEMPLATES, place_of
-from pared.errors import ModelError, ResourceError, UsageError
+from pared.durable import MANIFEST, MANIFEST_FORMAT, disk, locked, ours, remove, sync, sync_folder
+from pared.errors import Interrupted, ModelError, ResourceError, UsageError
+from pared.journal import FOLDER, reached
 from pared.tensorfile import DTYPE_NAMES, TensorInfo, chunks, make_header
 
-MANIFEST = "manifest.json"
 ADAPTER = "adapter_model.safetensors"
-MANIFEST_FORMAT = "pared-manifest/1"
-# Also what tells a directory that a dead run left behind from one that is somebody's own.
 _SPOOL = ".pared-spool"
+_RESUMABLE = (ResourceError, Interrupted, KeyboardInterrupt, SystemExit, MemoryError)
 
 
 class CheckpointWriter:
@@ -44,9 +43,12 @@ class CheckpointWriter:
         source: Path | None = None,
         max_shard_bytes: int = 4 * 2**30,
         adapter: bool = False,
+        resumable: bool = False,
     ) -> None:
         """Claim `out`. UsageError if it may not be written; nothing is touched then.
 
+        resumable: what an earlier run with a journal left is kept, for `restore` or `begin_anew`, and what this one has
+        written is kept where it ends for want of memory or disk, or is told to stop.
         source: the directory that is being read; `out` may not be in it, nor it in `out`.
         max_shard_bytes: of tensor data. A larger tensor gets a shard of its own.
         adapter: what is written is an adapter in PEFT's format: one file of weights, by its name.
@@ -56,20 +58,22 @@ class CheckpointWriter:
         self.partial = self.out.with_name(self.out.name + ".partial") if self.out.name else self.out
         self._aside = self.out.with_name(self.out.name + ".pared-old") if self.out.name else self.out
         self._overwrite, self._max = overwrite, sys.maxsize if adapter else max_shard_bytes
-        self._single = ADAPTER if adapter else SINGLE
+        self._single, self._resumable = ADAPTER if adapter else SINGLE, resumable
         self._names: set[str] = set()
         self._files: dict[str, dict[str, str | int]] = {}
         self._pending: list[TensorInfo] = []
         self._shards: list[list[TensorInfo]] = []
         self._made: list[Path] = []
         self._lock = -1
-        self._claimed = self._committed = False
+        self._spool: BinaryIO = io.BytesIO()
+        self._spool_path = self.partial
+        self._claimed = self._committed = self._waiting = False
         if not self.out.name:
             raise UsageError("the output must be a directory of its own", where=self.out, fix="choose another -o")
         if source is not None:
             self._check_source(Path(source))
         try:
-            with _disk(self.partial):
+            with disk(self.partial):
                 self._claim()
                 self._finish_replacement()
                 self._check_out()
@@ -86,7 +90,7 @@ class CheckpointWriter:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         if self._pending and sum(t.nbytes for t in self._pending) + data.numel() > self._max:
             self._flush()
-        with _disk(self.partial):
+        with disk(self.partial):
             offset = self._spool.tell()
             self._spool.write(data.numpy().data)
         self._names.add(name)
@@ -103,23 +107,26 @@ class CheckpointWriter:
 
     def commit(self) -> Path:
         """Make what was written the checkpoint OUT. Returns its path."""
-        if self._pending:
-            self._flush()
+        self.flush()
         if not self._shards:
             raise ModelError("no tensors were written", where=self.out)
-        with _disk(self.partial):
+        with disk(self.partial):
             self._name_shards()
             manifest = {"format": MANIFEST_FORMAT, "files": dict(sorted(self._files.items()))}
             with (self.partial / MANIFEST).open("xb") as stream:
                 stream.write(_json_bytes(manifest))
-                _sync(stream)
+                sync(stream)
             for folder in {self.partial, *((self.partial / name).parent for name in self._files)}:
-                _sync_folder(folder)
+                sync_folder(folder)
             self._spool.close()
-            (self.partial / _SPOOL).unlink()
-            _sync_folder(self.partial)
+            for spool in self.partial.glob(_SPOOL + "*"):
+                spool.unlink()
+            sync_folder(self.partial)
+            reached("manifest")
             self._check_out()
             self._rename()
+            reached("renamed")
+            remove(self.out / FOLDER)
         self._committed, self._claimed = True, False
         self._release()
         return self.out
@@ -129,7 +136,87 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not self._committed:
-            self.abort()
+            if self._waiting or (self._resumable and kind is not None and issubclass(kind, _RESUMABLE)):
+                self._leave()
+            else:
+                self.abort()
+
+    def state(self) -> dict[str, Any]:
+        """What has been written so far, made durable: `restore` goes on from there."""
+        with disk(self.partial):
+            sync(self._spool)
+        return {
+            "spool": self._spool_path.name,
+            "pending": [list(dataclasses.astuple(t)) for t in self._pending],
+            "shards": [[list(dataclasses.astuple(t)) for t in shard] for shard in self._shards],
+            "files": self._files,
+        }
+
+    def forget_spools(self) -> None:
+        """Remove what the shards were made from, once their state is recorded."""
+        for path in self.partial.glob(_SPOOL + "*"):
+            if path != self._spool_path:
+                path.unlink()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of an earlier run; what it wrote after that is removed."""
+
+        def info(fields: list[Any]) -> TensorInfo:
+            name, file, dtype, shape, nbytes, offset = fields
+            return TensorInfo(name, file, dtype, tuple(shape), nbytes, offset)
+
+        self._waiting = False
+        self._pending = [info(t) for t in state["pending"]]
+        self._shards = [[info(t) for t in shard] for shard in state["shards"]]
+        self._files = dict(state["files"])
+        self._names = {t.name for shard in [*self._shards, self._pending] for t in shard}
+        self._unname_shards()
+        self._wipe({state["spool"], FOLDER, *self._files})
+        self._spool_path = self.partial / state["spool"]
+        with disk(self.partial):
+            self._spool_path.touch()
+            self._spool = self._spool_path.open("r+b")
+            self._spool.truncate(sum(t.nbytes for t in self._pending))
+            self._spool.seek(0, os.SEEK_END)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether an earlier run's remains are here, which it has not been told yet what to do with."""
+        return self._waiting
+
+    def begin_anew(self) -> None:
+        """Remove what an earlier run wrote, but for its journal."""
+        self._waiting = False
+        self._spool.close()
+        self._wipe({FOLDER})
+        self._new_spool()
+
+    def flush(self) -> None:
+        """Turn what has been added into a shard, whatever its size."""
+        if self._pending:
+            self._flush()
+
+    def _unname_shards(self) -> None:
+        # The run may have been stopped after they had their final names.
+        for path in self.partial.glob("model*.safetensors"):
+            number = 1 if path.name == SINGLE else int(path.name.split("-")[1])
+            path.rename(self.partial / _temporary(number))
+
+    def _wipe(self, keep: set[str]) -> None:
+        for path in self.partial.rglob("*"):
+            name = str(path.relative_to(self.partial))
+            if path.is_file() and name.split("/")[0] not in keep and name not in keep:
+                path.unlink()
+
+    def _new_spool(self) -> None:
+        self._spool_path = self.partial / f"{_SPOOL}-{len(self._shards) + 1:05d}"
+        self._spool = self._spool_path.open("w+b")
+
+    def _leave(self) -> None:
+        with contextlib.suppress(OSError):
+            self._spool.close()
+        self._claimed = False
+        self._release()
 
     def abort(self) -> None:
         """Remove everything that was written; OUT stays what it was."""
@@ -137,7 +224,7 @@ class CheckpointWriter:
             with contextlib.suppress(OSError):
                 # Closing writes what is still buffered, which fails where the disk is full.
                 self._spool.close()
-            _remove(self.partial)
+            remove(self.partial)
             self._claimed = False
         for folder in reversed(self._made):
             with contextlib.suppress(OSError):
@@ -158,6 +245,8 @@ class CheckpointWriter:
     def _check_out(self) -> None:
         if not (self.out.exists() or self.out.is_symlink()):
             return
+        if (self.out / FOLDER).is_dir() and not self.out.is_symlink():
+            remove(self.out / FOLDER)  # killed right after it was complete
         if not self._overwrite:
             raise UsageError("the output exists", where=self.out, fix="choose another -o, or pass --overwrite to replace it")
         if not self.out.is_dir():
@@ -171,7 +260,7 @@ class CheckpointWriter:
         if not (self._aside.exists() or self._aside.is_symlink()):
             return
         if self.out.exists():
-            _remove(self._aside)
+            remove(self._aside)
         else:
             self._aside.rename(self.out)
 
@@ -181,21 +270,25 @@ class CheckpointWriter:
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
             self._made.append(folder)
-        if self.partial.exists() or self.partial.is_symlink():
-            self._take_over()
-        self.partial.mkdir()
-        self._lock = _locked(self.partial)
-        self._spool: BinaryIO = (self.partial / _SPOOL).open("w+b")
+        if self._resumable and not self.partial.is_symlink() and (self.partial / FOLDER / "key.json").exists():
+            self._lock = locked(self.partial)
+            self._waiting = True  # to be told whether to go on or to begin anew
+        else:
+            if self.partial.exists() or self.partial.is_symlink():
+                self._take_over()
+            self.partial.mkdir()
+            self._lock = locked(self.partial)
+            self._new_spool()
         self._claimed = True
 
     def _take_over(self) -> None:
         """Remove what a dead run left, after seeing that it is dead and that it was a run."""
-        if not _ours(self.partial):
+        if not ours(self.partial):
             what = "this is in the way and was not written by pared"
             raise UsageError(what, where=self.partial, fix="move it, or choose another -o")
-        lock = _locked(self.partial)
+        lock = locked(self.partial)
         try:
-            _remove(self.partial)
+            remove(self.partial)
         finally:
             if lock >= 0:
                 os.close(lock)
@@ -214,14 +307,14 @@ class CheckpointWriter:
         if name in self._files or name in (MANIFEST, INDEX) or name.endswith(".safetensors"):
             raise ModelError(f"the file {name} was written twice", where=self.out)
         digest, size = hashlib.sha256(), 0
-        with _disk(self.partial):
+        with disk(self.partial):
             (self.partial / folder).mkdir(exist_ok=True)
             with (self.partial / name).open("xb") as stream:
                 for chunk in content:
                     stream.write(chunk)
                     digest.update(chunk)
                     size += len(chunk)
-                _sync(stream)
+                sync(stream)
         self._files[name] = {"sha256": digest.hexdigest(), "bytes": size}
 
     def _flush(self) -> None:
@@ -230,19 +323,22 @@ class CheckpointWriter:
         self._shards.append(order)
         name = _temporary(len(self._shards))
         digest = hashlib.sha256()
-        with _disk(self.partial):
+        with disk(self.partial):
             self._spool.flush()
             with (self.partial / name).open("xb") as stream:
                 header = make_header(order)
                 stream.write(header)
                 digest.update(header)
                 for t in order:
-                    for chunk in chunks(self.partial / _SPOOL, t.offset, t.nbytes):
+                    for chunk in chunks(self._spool_path, t.offset, t.nbytes):
                         stream.write(chunk)
                         digest.update(chunk)
-                _sync(stream)
-            self._spool.seek(0)
-            self._spool.truncate()
+                sync(stream)
+            self._spool.close()
+            before = self._spool_path
+            self._new_spool()
+            if not self._resumable:  # else it goes once the journal knows of the shard
+                before.unlink()
         size = len(header) + sum(t.nbytes for t in order)
         self._files[name] = {"sha256": digest.hexdigest(), "bytes": size}
         self._pending = []
@@ -266,7 +362,7 @@ class CheckpointWriter:
         data = _json_bytes(index)
         with (self.partial / INDEX).open("xb") as stream:
             stream.write(data)
-            _sync(stream)
+            sync(stream)
         self._files[INDEX] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
 
     def _rename(self) -> None:
@@ -279,9 +375,9 @@ class CheckpointWriter:
             if replaced:
                 self._aside.rename(self.out)
             raise
-        _sync_folder(self.out.parent)
+        sync_folder(self.out.parent)
         if replaced:
-            _remove(self._aside)
+            remove(self._aside)
 
 
 def _temporary(number: int) -> str:
@@ -294,68 +390,3 @@ def _itemsize(info: TensorInfo) -> int:
 
 def _json_bytes(data: object) -> bytes:
     return (json.dumps(data, indent=2) + "\n").encode()
-
-
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _locked(path: Path) -> int:
-    """Hold a directory for as long as this process lives. -1 where the file system has no locks."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise UsageError("another run is writing this output", where=path, fix="wait for it, or choose another -o") from error
-    except OSError:
-        os.close(handle)
-        return -1
-    return handle
-
-
-def _ours(path: Path) -> bool:
-    """Whether a run wrote this directory: an empty one was left by a kill before the spool was made."""
-    if path.is_symlink() or not path.is_dir():
-        return False
-    names = {p.name for p in path.iterdir()}
-    return not names or _SPOOL in names or (MANIFEST in names and MANIFEST_FORMAT.encode() in (path / MANIFEST).read_bytes())
-
-
-def _remove(path: Path) -> None:
-    """Delete a directory; what `_ours` knows it by last, so that a half-deleted one is still known."""
-    if path.is_symlink():
-        path.unlink()
-        return
-    if not path.exists():
-        return
-    for child in path.iterdir():
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        elif child.name not in (_SPOOL, MANIFEST):
-            child.unlink()
-    shutil.rmtree(path)
-
-
-@contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """Tell a full or forbidden disk from a bug."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(
-                f"the disk is full: {error.strerror}", where=path, fix="free some space, or choose an -o on another disk"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
-            raise UsageError(f"the output can not be written: {error.strerror}", where=path, fix="choose another -o") from error
-        raise

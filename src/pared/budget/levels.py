@@ -193,5 +193,6 @@ def measure_levels(
     with observed(block, list(by_name), add):
         out = stream.through(block, layer, hidden, keep=True)
     for consumer in found:
+        consumer.moments.total()
         consumer.moments = consumer.moments.of_output(consumer.weight, consumer.bias)
     return out, Levels(layout, layer, found)

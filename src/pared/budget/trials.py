@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from pared.budget import Sizes
 from pared.budget.levels import Levels, measure_levels
-from pared.calibration import Batch
+from pared.calibration import Batch, together
 from pared.compensate import Method, Walk
+from pared.distributed import own_rows, total_of
 from pared.spill import States
 from pared.stages import Remembered
 from pared.stream import Stream
@@ -43,12 +44,12 @@ class Judges:
         few, many = max(1, min(n // 2, max(8, n // 16))), max(1, min(n // 4, max(8, n // 8)))
         self.stream, self.axes = stream, axes
         # Rows that are judged by come first, those that are fitted to after them; a single row has to do for both.
-        self.judged = _together(rows[:many], batch)
-        self.fit = _together(rows[many : many + few] or rows[:1], batch)
+        self.judged = together(own_rows(rows[:many]), batch)
+        self.fit = together(own_rows(rows[many : many + few] or rows[:1]), batch)
         # Shapes that are alike everywhere differ by more than the noise of few sequences.
         brief = max(1, min(many, n // 16))
-        self.compared = _together(rows[:brief], batch)
-        self.measured = _together(rows[brief : brief + max(1, n // 8)] or rows[:1], batch)
+        self.compared = together(own_rows(rows[:brief]), batch)
+        self.measured = together(own_rows(rows[brief : brief + max(1, n // 8)] or rows[:1]), batch)
         self._levels: dict[int, Levels] = {}
 
     def quick(self, shapes: Sequence[Shape]) -> list[float]:
@@ -72,17 +73,6 @@ class Judges:
             return self.stream.pool.store(), made
 
         return score_shapes(self.stream, levels, shapes, self.fit, judged)
-
-
-def _together(rows: Sequence[Batch], size: int) -> list[Batch]:
-    """Single rows in batches of rows of equal length."""
-    out: list[Batch] = []
-    for row in rows:
-        if out and out[-1].input_ids.shape[1] == row.input_ids.shape[1] and len(out[-1].input_ids) < size:
-            out[-1] = Batch(torch.cat([out[-1].input_ids, row.input_ids]), None)
-        else:
-            out.append(row)
-    return out
 
 
 def score_shapes(
@@ -153,4 +143,5 @@ def divergences(stream: Stream, dense: Sequence[Tensor], paths: Sequence[Sequenc
                     for k, path in enumerate(paths):
                         q = torch.log_softmax(stream.logits(path[b][at]).float(), -1)
                         totals[k] += float(q.neg_().add_(p).mul_(weight).sum(dtype=torch.float64))
-    return [t / tokens if math.isfinite(t) else math.inf for t in totals]
+    count, totals = total_of(tokens), [total_of(t) for t in totals]
+    return [t / count if math.isfinite(t) else math.inf for t in totals]

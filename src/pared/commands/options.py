@@ -33,6 +33,30 @@ Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one setting, over the recipe and under the flags")
 ]
 
+Restart = Annotated[bool, typer.Option("--restart", help="begin anew where a stopped run lies in OUT.partial")]
+MaxMemory = Annotated[
+    str | None, typer.Option("--max-memory", metavar="SIZE", help="keep resident memory under this: 4GiB", show_default=False)
+]
+MaxGpuMemory = Annotated[
+    str | None,
+    typer.Option("--max-gpu-memory", metavar="SIZE", help="keep memory on the device under this", show_default=False),
+]
+HardwareOf = Annotated[
+    str | None,
+    typer.Option(
+        "--hardware",
+        metavar="FLOPS,FP64,READ,WRITE",
+        help="what --dry-run counts hours on, by the second; by default this machine",
+        show_default=False,
+    ),
+]
+Spill = Annotated[
+    Path | None,
+    typer.Option(
+        "--spill", metavar="DIR", help="for hidden states beyond the bound; by default beside OUT", show_default=False
+    ),
+]
+
 
 def settings_options(record: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one option for each field of a record; it gets those that were passed as the dict `settings`."""

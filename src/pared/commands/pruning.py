@@ -14,9 +14,14 @@ from pared.commands.options import (
     AsFormat,
     Assignments,
     Format,
+    HardwareOf,
+    MaxGpuMemory,
+    MaxMemory,
     Model,
     Overwrite,
     RecipeName,
+    Restart,
+    Spill,
     base_settings,
     check_device,
     check_outside,
@@ -36,8 +41,13 @@ def prune(
     out: Out = None,
     recipe: RecipeName = None,
     set_: Assignments = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="decide and show, write nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would take, decide and show; write nothing")] = False,
     overwrite: Overwrite = False,
+    restart: Restart = False,
+    max_memory: MaxMemory = None,
+    max_gpu_memory: MaxGpuMemory = None,
+    spill: Spill = None,
+    hardware: HardwareOf = None,
     format: AsFormat = Format.text,
     *,
     settings: dict[str, Any],
@@ -50,12 +60,70 @@ def prune(
         raise UsageError("nowhere to write the result", where="pared prune", fix="name a directory: -o OUT; or use --dry-run")
     base = base_settings(recipe, set_)
     check_device(settings.get("device", base.get("device")))
+    foreseen = _foresee(model, base, settings, max_memory, max_gpu_memory, spill, hardware, format) if dry_run else None
+    if foreseen is not None and not _holds_weights(model):
+        _emit({"predicted": foreseen}, format)
+        return
+    from pared.distributed import joined, rank
     from pared.report.console import Reporter
     from pared.run import prune as run
 
-    with Reporter() as progress:
-        result = run(model, out=out, base=base, dry_run=dry_run, overwrite=overwrite, progress=progress, **settings)
-    _finish(result.report, result.plan, None if dry_run else out, format)
+    with joined(settings.get("device", base.get("device"))), Reporter(events=format is Format.json) as progress:
+        result = run(
+            model,
+            out=out,
+            base=base,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            restart=restart,
+            max_memory=max_memory,
+            max_gpu_memory=max_gpu_memory,
+            spill=spill,
+            progress=progress,
+            **settings,
+        )
+        others = rank() > 0
+    if others:  # the first process says what came of it
+        return
+    report = result.report if foreseen is None else {**result.report, "predicted": foreseen}
+    _finish(report, result.plan, None if dry_run else out, format)
+
+
+def _foresee(
+    model: str,
+    base: dict[str, Any],
+    settings: dict[str, Any],
+    max_memory: str | None,
+    max_gpu_memory: str | None,
+    spill: Path | None,
+    hardware: str | None,
+    format: Format,
+) -> dict[str, Any] | None:
+    """What the run would take; shown at once, before any weights are read."""
+    from pared.predict import Hardware, predict
+    from pared.process import resident_bytes
+    from pared.report.console import err, show
+    from pared.report.tables import prediction
+    from pared.resources import Limits
+
+    stated = Hardware.parse(hardware) if hardware is not None else None
+    limits = Limits.parse(max_memory, max_gpu_memory, spill)
+    found = predict(model, base=base, limits=limits, hardware=stated, resident=resident_bytes(), **settings)
+    if found is not None and format is Format.text:
+        show(err(), prediction(found))
+    return found
+
+
+def _holds_weights(model: str) -> bool:
+    path = Path(model).expanduser()
+    return not path.is_dir() or any(path.glob("*.safetensors"))
+
+
+def _emit(report: dict[str, Any], format: Format) -> None:
+    from pared.report.console import emit_json
+
+    if format is Format.json:
+        emit_json(report)
 
 
 @recipe_options

@@ -6,12 +6,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from pared.process import resident_bytes
 
 # Cells of a table that goes to a file or a pipe should not be cut at the 80 columns that are assumed there.
 _WIDTH = 160
@@ -49,23 +51,31 @@ def _finite(data: Any) -> Any:
 
 
 class Reporter:
-    """Shows how far a run is: call it with (stage, done, total). Bars on a terminal, a line now and then elsewhere."""
+    """Shows how far a run is: call it with (stage, done, total). Bars on a terminal, a line now and then elsewhere.
 
-    def __init__(self) -> None:
+    limit: bytes that memory is to stay under. tokens: of the calibration, for a speed. events: write each call as one line
+    of JSON to stderr instead, for a program.
+    """
+
+    def __init__(self, *, events: bool = False) -> None:
         console = err()
+        self.limit: int | None = None
+        self.tokens: int | None = None
+        self._events = events
         self._bars: Progress | None = None
-        if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        if console.is_terminal and not events:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[more]}"))
             # Redrawn when there is news, not by a thread: one more beside torch's own can cost a busy machine dearly.
             self._bars = Progress(*columns, console=console, transient=True, auto_refresh=False)
         self._tasks: dict[str, TaskID] = {}
-        self._started = time.monotonic()
+        self._began: dict[str, tuple[float, int]] = {}  # stage -> when it was first heard of, and how far it was then
+        self._started = self._last = time.monotonic()
         self._due = self._started + _FIRST_LOG
 
     def __enter__(self) -> Self:
         if self._bars is not None:
             self._bars.start()
-            self._tasks[""] = self._bars.add_task("preparing", total=None)
+            self._tasks[""] = self._bars.add_task("preparing", total=None, more="")
             self._bars.refresh()
         return self
 
@@ -74,16 +84,49 @@ class Reporter:
             self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if self._bars is None:
-            now = time.monotonic()
+        now = time.monotonic()
+        # A stage is heard of when its first part is done; it is taken to have begun when the one before was last heard of.
+        since, at = self._began.setdefault(stage, (self._last, 0))
+        self._last = now
+        pace = (done - at) / (now - since) if now > since else 0.0
+        event: dict[str, Any] = {
+            "stage": stage,
+            "done": done,
+            "total": total,
+            "seconds": round(now - self._started, 2),
+            "seconds_left": round((total - done) / pace, 1) if pace else None,
+            "tokens_per_s": round(self.tokens * pace / total, 1) if self.tokens and pace else None,
+            "memory": resident_bytes("VmRSS"),
+            "peak": resident_bytes("VmHWM"),
+            "limit": self.limit,
+        }
+        if self._events:
+            sys.stderr.write(json.dumps(event) + "\n")
+            sys.stderr.flush()
+        elif self._bars is None:
             if now >= self._due:
-                sys.stderr.write(f"{stage} {done}/{total}, {now - self._started:.0f} s\n")
+                sys.stderr.write(f"{stage} {done}/{total}, {now - self._started:.0f} s, {_about(event)}\n")
                 sys.stderr.flush()
                 self._due = now + _NEXT_LOG
-            return
-        if "" in self._tasks:
-            self._bars.remove_task(self._tasks.pop(""))
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total)
-        self._bars.update(self._tasks[stage], completed=done, total=total)
-        self._bars.refresh()
+        else:
+            if "" in self._tasks:
+                self._bars.remove_task(self._tasks.pop(""))
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=total, more="")
+            self._bars.update(self._tasks[stage], completed=done, total=total, more=_about(event))
+            self._bars.refresh()
+
+
+def _about(event: Mapping[str, Any]) -> str:
+    """Speed, memory and time left, in few words."""
+    sizes = [_gib(event[k]) for k in ("memory", "peak", "limit") if event[k]]
+    names = ["now", "peak", "limit"][: len(sizes)]
+    parts = [f"{event['tokens_per_s']:.0f} tokens/s"] if event["tokens_per_s"] else []
+    parts += [", ".join(f"{size} {name}" for size, name in zip(sizes, names, strict=True))] if sizes else []
+    left = event["seconds_left"]
+    parts += [f"{int(left) // 60}:{int(left) % 60:02d} left"] if left else []
+    return ", ".join(parts)
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"

@@ -66,6 +66,22 @@ def recovered(report: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield "no evaluation was better than the start: the weights are those of the start"
 
 
+def prediction(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What a run would take. found: of `pared.predict`."""
+    hardware = found["hardware"]
+    rows = [
+        ("peak memory", nbytes(found["peak"])),
+        ("the least it can do with", nbytes(found["least"])),
+        ("hidden states on disk", nbytes(found["spill"])),
+        ("read of the weights", f"{nbytes(found['read'])}, {found['read_over_weights']:.2f} times"),
+        ("written", nbytes(found["written"])),
+        ("operations", f"{found['flops']:.2e}, and {found['solve_flops']:.2e} in float64"),
+        ("hours", f"{found['hours']:.2f} at {hardware['flops']:.1e} and {hardware['solve_flops']:.1e} a second"),
+    ]
+    yield table("foreseen", ("", ""), rows)
+    yield f"hardware: {hardware['said']}"
+
+
 def kept_units(plan: Any) -> dict[str, list[int]]:
     """Axis -> units that stay, in each layer where some go; of a nested axis in each unit of its parent."""
     from pared.plan import from_ranges

@@ -1,0 +1,108 @@
+"""Several processes on one job (torchrun): the calibration is split by rows, sums over it are summed over the processes,
+what follows from them is decided once. In a single process all of this does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pared.errors import ParedError
+
+T = TypeVar("T")
+
+
+def size() -> int:
+    """How many processes work on this."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is; the first one decides and writes."""
+    return dist.get_rank() if size() > 1 else 0
+
+
+@contextlib.contextmanager
+def joined(device: str | None = None) -> Iterator[None]:
+    """Join the processes that torchrun started, where it did. device: where they compute, which is how they talk."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or size() > 1:
+        yield
+        return
+    on_gpu = str(device or "cpu").startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def total(*tensors: Tensor) -> None:
+    """Replace each tensor by its sum over the processes, in place."""
+    if size() == 1:
+        return
+    for tensor in tensors:
+        if dist.get_backend() == "nccl" and tensor.device.type == "cpu":
+            moved = tensor.cuda()
+            dist.all_reduce(moved)
+            tensor.copy_(moved)
+        else:
+            dist.all_reduce(tensor)
+
+
+def total_of(value: float) -> float:
+    """The sum of a number over the processes."""
+    if size() == 1:
+        return value
+    box = torch.tensor([value], dtype=torch.float64)
+    total(box)
+    return float(box)
+
+
+def total_by_name(found: dict[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """The same for named tensors that some processes may lack: those are zero there. like: all names, with shapes."""
+    if size() == 1:
+        return
+    here = torch.tensor([float(n in found) for n in like])
+    total(here)
+    for name, count in zip(like, here.tolist(), strict=True):
+        if count:
+            mine = found.setdefault(name, torch.zeros_like(like[name], dtype=torch.float32))
+            total(mine)
+
+
+def once(make: Callable[[], T]) -> T:
+    """What the first process makes of it, in all of them; an error that a user can act on is raised in all as well."""
+    if size() == 1:
+        return make()
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = make()
+        except ParedError as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def own_rows(rows: Sequence[T]) -> Sequence[T]:
+    """This process's part of some rows, in their order; all of them where there are fewer than processes.
+
+    Statistics are ratios of sums, so rows that every process has count as they would once.
+    """
+    n = len(rows)
+    return rows if n < size() else rows[first_row(n) : first_row(n, rank() + 1)]
+
+
+def first_row(rows: int, of: int | None = None) -> int:
+    """The number of this process's first row among so many; of: of another process's."""
+    return 0 if rows < size() else rows * (rank() if of is None else of) // size()

@@ -1,0 +1,193 @@
+"""The journal of a run: what it has done so far, durable step by step, so that the same command goes on where it was.
+
+It lies in the output that is being made (OUT.partial). Every step is written to the disk before it is named as done, by
+one rename; what a kill leaves half written is not looked at again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pared.errors import Interrupted, UsageError
+from pared.spill import Pool, States
+from pared.tensorfile import DTYPE_NAMES, TensorInfo, make_header, read_header, read_tensor
+
+FOLDER = ".pared-run"
+# Names of the durable steps. PARED_FAULT=NAME[:N] kills the process at the N-th time that one is reached.
+STEPS = ("claimed", "calibrated", "scores of a block", "scored", "planned", "outside", "block", "files", "manifest", "renamed")
+FAULT, REACHED, EVERY = "PARED_FAULT", "PARED_STEPS_REACHED", "PARED_EVERY_STEP"
+# A step within a stage is made durable when it would cost at most this share of the time since the last one.
+SHARE = 0.1
+
+_counts: dict[str, int] = {}
+_stop: list[int] = []  # the signal that asked to stop
+
+
+def reached(step: str) -> None:
+    """A durable step is done: the place where faults are injected, and where a run that was told to stop stops."""
+    if step not in STEPS:
+        raise ValueError(f"{step!r} is no durable step")
+    _counts[step] = _counts.get(step, 0) + 1
+    if log := os.environ.get(REACHED):
+        with open(log, "a") as stream:
+            stream.write(step + "\n")
+    name, _, number = os.environ.get(FAULT, "").partition(":")
+    if name == step and _counts[step] == int(number or 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if _stop and step != "renamed":
+        raise Interrupted(_stop[0])
+
+
+@contextlib.contextmanager
+def stopping_at_steps() -> Iterator[None]:
+    """SIGINT and SIGTERM end the run at the next durable step; a second one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def asked(number: int, frame: FrameType | None) -> None:
+        if _stop:
+            raise Interrupted(number)
+        _stop.append(number)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write("finishing the step at hand, then stopping (once more: at once)\n")
+
+    before = {s: signal.signal(s, asked) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        _stop.clear()
+        _counts.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Journal:
+    """What one run has done. key: what it was asked, of which source, by which versions."""
+
+    def __init__(self, folder: Path, key: Mapping[str, Any], *, restart: bool = False) -> None:
+        """Open the journal in a claimed output, or begin one. UsageError where another run's is there: with the difference."""
+        self.folder = folder / FOLDER
+        self._saved = time.monotonic()
+        self._cost = 0.0
+        key = json.loads(json.dumps(key))
+        there = self.read("key")
+        if there is not None and not restart and (odd := _differences(there, key)):
+            more = f", and {len(odd) - 3} more" if len(odd) > 3 else ""
+            raise UsageError(
+                f"a run that was stopped lies here, and this one differs: {'; '.join(odd[:3])}{more}",
+                where=folder,
+                fix="run the command that began it, pass --restart to begin anew, or choose another -o",
+            )
+        self.resumed = there is not None and not restart
+        if not self.resumed:
+            self.clear()
+            self.folder.mkdir(exist_ok=True)
+            self.write("key", key)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        if self.folder.is_dir():
+            key = self.folder / "key.json"
+            key.unlink(missing_ok=True)  # first: without it the rest means nothing
+            for path in self.folder.iterdir():
+                path.unlink()
+
+    def read(self, name: str) -> Any:
+        """A record, None where there is none."""
+        try:
+            return json.loads((self.folder / f"{name}.json").read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, record: Any) -> None:
+        """Put a record in the place of the one of that name, durably: all of it or none."""
+        path = self.folder / f"{name}.json"
+        with path.with_suffix(".tmp").open("wb") as stream:
+            stream.write(json.dumps(record).encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        path.with_suffix(".tmp").replace(path)
+        self._sync()
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Sequence[Tensor]]) -> None:
+        """Lists of tensors by name, durably, one tensor in memory at a time."""
+        infos = [
+            TensorInfo(f"{key}.{k:06d}", "", DTYPE_NAMES[t.dtype], tuple(t.shape), t.numel() * t.element_size())
+            for key, values in tensors.items()
+            for k, t in enumerate(shapes_of(values))
+        ]
+        path = self.folder / f"{name}.tensors"
+        with path.open("wb") as stream:
+            stream.write(make_header(infos))
+            for values in tensors.values():
+                for t in values:
+                    stream.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._sync()
+
+    def read_tensors(self, name: str, pool: Pool | None = None) -> dict[str, States]:
+        """What `write_tensors` wrote, by name, in a pool."""
+        path = self.folder / f"{name}.tensors"
+        pool = pool or Pool()
+        out: dict[str, States] = {}
+        for full, info in sorted(read_header(path, path.name).items()):
+            out.setdefault(full.rpartition(".")[0], pool.store()).append(read_tensor(path, info))
+        return out
+
+    def checkpoint(
+        self, stage: str, step: str, at: int, record: Any, tensors: Mapping[str, Sequence[Tensor]], *, last: bool = False
+    ) -> bool:
+        """A stage has come so far. Made durable where the time since the last one warrants it; returns whether it was."""
+        since = time.monotonic() - self._saved
+        if not (last or _stop or os.environ.get(EVERY) or since * SHARE >= self._cost):
+            return False
+        started = time.monotonic()
+        before = self.read(stage)
+        name = f"{stage}-{at}"
+        self.write_tensors(name, tensors)
+        self.write(stage, {"at": at, "tensors": name, "record": record() if callable(record) else record})
+        if before is not None and before["tensors"] != name:
+            (self.folder / f"{before['tensors']}.tensors").unlink(missing_ok=True)
+        self._saved = time.monotonic()
+        self._cost = self._saved - started
+        reached(step)
+        return True
+
+    def last(self, stage: str, pool: Pool | None = None) -> tuple[int, Any, dict[str, States]] | None:
+        """How far a stage had come: what was given to its last durable checkpoint. None where it has not begun."""
+        found = self.read(stage)
+        return None if found is None else (found["at"], found["record"], self.read_tensors(found["tensors"], pool))
+
+    def _sync(self) -> None:
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def shapes_of(values: Sequence[Tensor]) -> Iterable[Tensor]:
+    """Tensors of the same shapes and dtypes, without their content where that waits on disk."""
+    return values.like() if isinstance(values, States) else values
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [d for k in keys for d in _differences(before.get(k), now.get(k), f"{name}.{k}" if name else k)]
+    return [] if before == now else [f"{name} was {before}, is {now}"]
