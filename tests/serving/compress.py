@@ -20,7 +20,7 @@ def main(checkpoint: str, scheme: str, tokens: str, out: str) -> None:
     oneshot(
         model=model,
         dataset=data,
-        recipe=GPTQModifier(targets="Linear", scheme=scheme, ignore=["lm_head"]),
+        recipe=GPTQModifier(scheme=scheme, targets="Linear", ignore=["lm_head"]),
         num_calibration_samples=len(rows),
         max_seq_length=len(rows[0]),
     )

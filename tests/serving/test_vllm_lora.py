@@ -1,4 +1,4 @@
-"""Adapters, quantised weights and several processes, on checkpoints whose layers differ."""
+"""Adapters on checkpoints whose layers differ."""
 
 from __future__ import annotations
 
@@ -33,12 +33,3 @@ def test_an_adapter_is_served_as_if_it_were_merged(vllm: Engine, tmp_path: Path)
     assert got != plain
     assert check_greedy(pared.load(path, dtype=torch.float32).eval(), WANTED, plain) > 100
     assert check_greedy(adapted.merge_and_unload().eval(), WANTED, got) > 100
-
-
-def test_two_processes_give_what_one_gives(vllm: Engine, tmp_path: Path) -> None:
-    # Every size is a multiple of two: no layer of this plan loses one KV group alone.
-    path = checkpoints.without_parts(
-        "llama", tmp_path, [["attention"], [], ["mlp"], ["attention", "mlp"]], intermediate_size=128
-    )
-    got = vllm.serve(path, WANTED, tensor_parallel_size=2, distributed_executor_backend="mp")
-    assert check_greedy(pared.load(path, dtype=torch.float32).eval(), WANTED, got) > 100
