@@ -21,7 +21,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from pared.commands import checking, demo, exporting, importing, pruning, recovering
+from pared.commands import checking, demo, exporting, importing, pruning, recovering, running
 from pared.errors import Interrupted, ParedError, ResourceError
 
 app = typer.Typer(name="pared", no_args_is_help=False, add_completion=False, pretty_exceptions_enable=False)
@@ -30,6 +30,7 @@ app.command("prune")(pruning.prune)
 app.command("plan")(pruning.plan)
 app.command("apply")(pruning.apply)
 app.command("recover")(recovering.recover)
+app.command("run")(running.run)
 app.command("eval")(checking.evaluate)
 app.command("verify")(checking.verify)
 app.command("ls")(checking.ls)

@@ -31,7 +31,23 @@ class Dtype(StrEnum):
 
 
 Against = Annotated[str | None, typer.Option("--against", metavar="MODEL", help="the dense model, for KL and agreement")]
-Text = Annotated[str, typer.Option("--text", metavar="FILE", help=".txt or .jsonl; self: text that the dense model writes")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text", metavar="FILE", help=".txt or .jsonl; self (default): text that the dense model writes; may be repeated"
+    ),
+]
+Protocol = Annotated[
+    str | None, typer.Option("--protocol", metavar="NAME", help="llm-pruner: windows of 128 (WikiText2, PTB); standard: 2048")
+]
+Tasks = Annotated[str | None, typer.Option("--tasks", metavar="A,B", help="accuracy on these tasks, through lm-eval")]
+TaskDir = Annotated[
+    Path | None, typer.Option("--task-dir", metavar="DIR", help="a folder with task files of your own (lm-eval)")
+]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="so many examples of each task")]
+Generate = Annotated[
+    int, typer.Option("--generate", metavar="N", min=0, help="continue N prompts; show them, and how they repeat")
+]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", metavar="N", help="tokens in a window; by default up to 512")]
 Stride = Annotated[int | None, typer.Option("--stride", metavar="N", help="tokens between windows; by default none overlap")]
 Batch = Annotated[int, typer.Option("--batch", metavar="N", help="windows that run together")]
@@ -46,11 +62,16 @@ Align = Annotated[int | None, typer.Option("--align", metavar="N", min=1, help="
 
 
 def evaluate(
-    model: Model,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="model directories, or hub ids", show_default=False)],
     against: Against = None,
-    text: Text = "self",
+    text: Texts = None,
     seq_len: SeqLen = None,
     stride: Stride = None,
+    protocol: Protocol = None,
+    tasks: Tasks = None,
+    task_dir: TaskDir = None,
+    limit: Limit = None,
+    generate: Generate = 0,
     batch: Batch = 8,
     max_windows: MaxWindows = None,
     dtype: ComputeDtype = Dtype.auto,
@@ -59,34 +80,55 @@ def evaluate(
     long_context: LongContext = False,
     format: AsFormat = Format.text,
 ) -> None:
-    """Measure a model: perplexity, KL to the dense model, parameters, bytes, speed, memory."""
+    """Measure models: perplexity, KL to the dense one, parameters, bytes, speed, memory; tasks, and what they write.
+
+    Several models, texts, tasks or samples make one table, with the accuracy kept as a share of the dense model's.
+    """
     check_device(device)
+    texts = text or ["self"]
     if long_context:
-        settings = {"against": against, "longest": seq_len, "max_windows": max_windows, "dtype": dtype.value, "device": device}
-        _long_context(model, text, stride, settings, format)
+        if len(models) != 1 or len(texts) != 1:
+            raise UsageError("a long context is measured of one model on one text", where="--long-context", fix="run it for each")
+        shared = {"against": against, "longest": seq_len, "max_windows": max_windows, "dtype": dtype.value, "device": device}
+        _long_context(models[0], texts[0], stride, shared, format)
         return
+    from pared.evaluate.examination import examine
     from pared.evaluate.report import evaluate as run
     from pared.report.console import Reporter, emit_json, out, show
-    from pared.report.tables import evaluation
+    from pared.report.tables import evaluation, examination
 
+    settings: dict[str, Any] = {
+        "seq_len": seq_len,
+        "stride": stride,
+        "batch": batch,
+        "max_windows": max_windows,
+        "dtype": dtype.value,
+        "device": device,
+        "speed": not no_speed,
+    }
+    named = [t.strip() for t in (tasks or "").split(",") if t.strip()]
     with Reporter() as progress:
-        report = run(
-            model,
-            against=against,
-            text=text,
-            seq_len=seq_len,
-            stride=stride,
-            batch=batch,
-            max_windows=max_windows,
-            dtype=dtype.value,
-            device=device,
-            speed=not no_speed,
-            progress=progress,
-        )
+        if len(models) == len(texts) == 1 and not (protocol or named or generate):
+            report = run(models[0], against=against, text=texts[0], progress=progress, **settings)
+            shown = evaluation(report)
+        else:
+            found = examine(
+                models,
+                against=against,
+                protocol=protocol,
+                texts=texts,
+                tasks=named,
+                task_dir=task_dir,
+                limit=limit,
+                generate=generate,
+                progress=progress,
+                **settings,
+            )
+            report, shown = {"models": found}, examination(found)
     if format is Format.json:
         emit_json(report)
     else:
-        show(out(), evaluation(report))
+        show(out(), shown)
 
 
 def _long_context(model: str, text: str, stride: int | None, settings: dict[str, Any], format: Format) -> None:

@@ -27,7 +27,8 @@ def twins(student: Source, teacher: Source, plan: Plan | None) -> list[int]:
         raise UsageError(
             "blocks of another hidden size have no common output to learn from", where="--block-steps", fix="--block-steps 0"
         )
-    if plan is not None and len(plan.layers) == student.layout.num_layers:
+    known = plan is not None and plan.before.layers == teacher.layout.num_layers
+    if plan is not None and known and len(plan.layers) == student.layout.num_layers:
         # The last block answers for whatever was removed after it.
         return [*(layer.source for layer in plan.layers[:-1]), teacher.layout.num_layers - 1]
     if student.layout.num_layers == teacher.layout.num_layers:

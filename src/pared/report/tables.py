@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -152,6 +153,53 @@ def long_context(report: Mapping[str, Any]) -> Iterator[RenderableType]:
         f"{nbytes(cache['bytes_at_longest'])} at {report['longest']:,} tokens"
     )
     yield report["protocol"]
+
+
+def examination(records: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """Checkpoints side by side. records: of `pared.evaluate.examination.examine`."""
+    texts = list(records[0]["texts"])
+    tasks = list(records[0].get("accuracy") or {})
+    columns = ["model", "parameters"]
+    columns += [column for t in texts for column in (f"perplexity, {Path(t).name}", "KL")]
+    columns += [*tasks, *(["average", "kept"] if tasks else [])]
+    written = "written" in records[0]
+    columns += ["repeated 4-grams, greedy", "sampled", "loops, greedy"] if written else []
+    rows = []
+    for r in records:
+        row = [Path(r["model"]).name, f"{r['params']:,}"]
+        row += [_number(r["texts"][t][k], ".4g") for t in texts for k in ("perplexity", "kl")]
+        row += [_number(r["accuracy"][t], ".3f") for t in tasks]
+        row += [_number(r["average"], ".3f"), _number(r["kept"], ".1%")] if tasks else []
+        if written:
+            greedy, sampled = r["written"]["greedy"], r["written"]["sampled"]
+            row += [f"{greedy['repeated']['4']:.1%}", f"{sampled['repeated']['4']:.1%}", f"{greedy['looping']:.1%}"]
+        rows.append(row)
+    yield table("", columns, rows)
+    for t in texts:
+        yield records[0]["texts"][t]["protocol"]
+    if written:
+        for i in range(min(3, len(records[0]["written"]["sampled"]["samples"]))):
+            texts_of = [(Path(r["model"]).name, r["written"]["sampled"]["samples"][i]) for r in records]
+            yield table(f"sample {i + 1}", ("model", "wrote"), texts_of, left=2)
+
+
+def steps(reports: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """What each step of a pipeline did. reports: of `pared.pipeline`."""
+    rows = []
+    for r in reports:
+        if r["kind"] == "prune":
+            rows.append(
+                (str(r["step"]), "prune", f"{r['removed']:.2%} of {r['of']}", f"{r['after']['params']:,} parameters left")
+            )
+        else:
+            judged = r.get("held_out") or {}
+            said = f"held-out loss {judged['start']:.4f} to {judged['best']:.4f}" if judged.get("best") is not None else ""
+            rows.append((str(r["step"]), "recover", f"{r['tokens']:,} tokens, {r['method']}, {r['objective']}", said))
+    yield table("", ("step", "", "what", "result"), rows, left=4)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "—" if value is None else format(value, form)
 
 
 def nbytes(n: float) -> str:

@@ -65,5 +65,5 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def environment() -> dict[str, str]:
-    src = Path(__file__).parents[2] / "src"
+    src = Path(__file__).parents[1] / "src"
     return {**os.environ, "PYTHONPATH": str(src), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
