@@ -54,6 +54,6 @@ def test_the_adapters_that_unsloth_asks_for_fit(tmp_path: Path) -> None:
     adapted = get_peft_model(
         AutoModelForCausalLM.from_pretrained(out), LoraConfig(r=8, target_modules=names, task_type="CAUSAL_LM")
     )
-    found = {n.split(".")[-3] for n, p in adapted.named_parameters() if p.requires_grad}
+    found = {n.split(".")[-4] for n, p in adapted.named_parameters() if p.requires_grad}
     assert found == set(names)
     adapted(input_ids=tiny.tokens(2, 8), labels=tiny.tokens(2, 8)).loss.backward()

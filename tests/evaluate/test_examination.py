@@ -156,6 +156,7 @@ def task_dir(home: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow  # lm-eval looks through thousands of task files
 def test_tasks_are_scored_as_the_likelihood_of_the_choices_says(home: Path, task_dir: Path, tmp_path: Path) -> None:
     command = ["eval", home / "pruned", home / "per-layer", "--against", home / "dense", "--no-speed", "--seq-len", 32]
     command += ["--text", home / "one.jsonl", "--tasks", "our_own", "--task-dir", task_dir, "--format", "json"]
@@ -178,6 +179,7 @@ def test_tasks_are_scored_as_the_likelihood_of_the_choices_says(home: Path, task
         assert record["kept"] == pytest.approx(record["average"] / found[-1]["average"])
 
 
+@pytest.mark.slow  # lm-eval looks through thousands of task files
 def test_tasks_whose_data_is_not_at_hand_are_all_named(home: Path, task_dir: Path) -> None:
     refused(home, 4, "eval", home / "pruned", "--no-speed", "--tasks", "piqa,boolq", words=("piqa", "boolq", "neither cached"))
     refused(home, 2, "eval", home / "pruned", "--no-speed", "--tasks", "pika", words=("did you mean",))

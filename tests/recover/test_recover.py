@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 import made
 import tiny
-from pared.errors import UsageError
+from pared.errors import MissingError, UsageError
 from pared.recover import Recovered
 from pared.recover import recover as run_recovery
 from pared.recover.training import whole
@@ -188,12 +190,22 @@ def test_minutes_end_a_training(home: Path, tmp_path: Path) -> None:
         ({"minutes": 1}, "two ends of one training"),
         ({"method": "lora", "target_modules": "nowhere"}, "PEFT can not adapt"),
         ({"objective": "kl"}, "--objective"),
+        ({"dtype": "float16"}, "needs a GPU"),
     ],
 )
 def test_settings_that_can_not_be_met_are_refused(home: Path, tmp_path: Path, settings: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         recover(home, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_packages_that_are_not_there_are_named(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingError, match=r"pared\[recover\]"):
+        recover(home, tmp_path / "out", method="lora")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingError, match="accelerate"):
+        recover(home, tmp_path / "out")
 
 
 def test_another_run_is_not_gone_on_with(home: Path, tmp_path: Path) -> None:

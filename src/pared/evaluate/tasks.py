@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import io
 import logging
 from collections.abc import Sequence
@@ -37,9 +38,9 @@ def run_tasks(
     """
     lm_eval = _lm_eval()
     from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    from lm_eval.tasks import TaskManager, get_task_dict  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    from lm_eval.tasks import get_task_dict  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-    manager = TaskManager(include_path=None if task_dir is None else str(task_dir))
+    manager = _manager(None if task_dir is None else str(task_dir))
     for task in tasks:
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, 1)
@@ -83,6 +84,14 @@ def run_tasks(
         "shots": {t: found.get("n-shot", {}).get(t) for t in results},
         "limit": limit,
     }
+
+
+@functools.lru_cache(maxsize=1)
+def _manager(task_dir: str | None) -> Any:
+    """What knows all tasks. It reads thousands of files: once for all models of an examination."""
+    from lm_eval.tasks import TaskManager  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    return TaskManager(include_path=task_dir)
 
 
 def _lm_eval() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -101,7 +102,7 @@ def recover(
     accelerate launch each process calls this; the first one writes. Raises the errors of `pared.errors`.
     """
     recovery = make_recovery(base, **settings)
-    _check_installed()
+    _check_installed(recovery)
     from accelerate import PartialState
 
     processes = PartialState(cpu=recovery.device == "cpu")
@@ -138,13 +139,13 @@ def recover(
     return Recovered(target, report)
 
 
-def _check_installed() -> None:
-    try:
-        import accelerate  # noqa: F401
-    except ImportError as error:
-        raise MissingError(
-            "training needs the package 'accelerate'", where="pared recover", fix="pip install 'pared[recover]'"
-        ) from error
+def _check_installed(recovery: Recovery) -> None:
+    for package, where in (("accelerate", "pared recover"), ("deepspeed", "--deepspeed")):
+        if (package != "deepspeed" or recovery.deepspeed) and importlib.util.find_spec(package) is None:
+            fix = "pip install 'pared[recover]'" if package == "accelerate" else "pip install deepspeed, or use FSDP2"
+            raise MissingError(f"training needs the package {package!r}", where=where, fix=fix)
+    if recovery.dtype == "float16" and (recovery.device == "cpu" or not torch.cuda.is_available()):
+        raise UsageError("training in fp16 needs a GPU", where="--dtype float16", fix="--dtype float32, or bfloat16")
 
 
 def _train(run: _Run) -> tuple[nn.Module, dict[str, Any]]:
