@@ -88,7 +88,9 @@ def evaluate(
     texts = text or ["self"]
     if long_context:
         if len(models) != 1 or len(texts) != 1:
-            raise UsageError("a long context is measured of one model on one text", where="--long-context", fix="run it for each")
+            raise UsageError(
+                "a long context is measured of one model on one text", where="--long-context", fix="run it for each"
+            )
         shared = {"against": against, "longest": seq_len, "max_windows": max_windows, "dtype": dtype.value, "device": device}
         _long_context(models[0], texts[0], stride, shared, format)
         return
