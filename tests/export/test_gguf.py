@@ -255,6 +255,7 @@ def test_a_way_to_split_text_that_llama_cpp_lacks_is_refused(storyteller: Path, 
             "rotary embedding (dynamic)",
         ),
         ("llama", {"hidden_act": "gelu"}, "differ by"),
+        ("qwen3", {"hidden_act": "gelu"}, "this model gelu"),
     ],
 )
 def test_what_llama_cpp_can_not_hold_is_refused(family: str, changes: dict[str, Any], words: str, tmp_path: Path) -> None:

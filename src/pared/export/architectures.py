@@ -29,13 +29,16 @@ _FIX = "serve it with transformers or vLLM"
 
 @dataclass(frozen=True)
 class Family:
-    """What llama.cpp assumes about a family with an architecture of its own: entries beyond the common ones, and conditions.
+    """What llama.cpp assumes about a family with an architecture of its own.
 
-    norm_offset: its norms multiply by 1 + weight, and the file holds the sum. conditions: each with what it says.
+    norm_offset: its norms multiply by 1 + weight, and the file holds the sum. activation: how the name of it begins.
+    tied: whether its embeddings have to be, or may not be. windows: it has sliding ones. scale: whether attention is scaled
+    and capped as llama.cpp does it. entries: those beyond the common ones.
     """
 
     name: str
     norm_offset: bool = False
+    activation: str = "silu"
     tied: bool | None = None
     heads_fill_hidden: bool = False
     windows: bool = False
@@ -58,10 +61,11 @@ def _gemma2(config: PreTrainedConfig) -> dict[str, Any]:
 FAMILIES: dict[str, Family] = {
     "qwen2": Family("qwen2", heads_fill_hidden=True),
     "qwen3": Family("qwen3"),
-    "gemma": Family("gemma", norm_offset=True, tied=True),
+    "gemma": Family("gemma", norm_offset=True, activation="gelu", tied=True),
     "gemma2": Family(
         "gemma2",
         norm_offset=True,
+        activation="gelu",
         tied=True,
         windows=True,
         scale=lambda c: _scaled_by_head_dim(c) and bool(c.attn_logit_softcapping) and bool(c.final_logit_softcapping),
@@ -70,6 +74,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(
         "gemma3",
         norm_offset=True,
+        activation="gelu",
         windows=True,
         scale=lambda c: _scaled_by_head_dim(c) and not c.attn_logit_softcapping and not c.final_logit_softcapping,
     ),
@@ -169,6 +174,9 @@ def _unfit(family: Family, config: PreTrainedConfig, model: PreTrainedModel, uni
         return f"llama.cpp's {family.name} has one size for all blocks"
     if family.heads_fill_hidden and config.num_attention_heads * _head_dim(config) != config.hidden_size:
         return f"llama.cpp's {family.name} wants heads that fill the hidden size"
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if not str(activation).startswith(family.activation):
+        return f"llama.cpp's {family.name} has {family.activation}, and this model {activation}"
     if family.tied and not tied:
         return f"llama.cpp's {family.name} wants tied embeddings"
     if not family.scale(config):
@@ -229,7 +237,7 @@ def _own(family: Family, config: PreTrainedConfig) -> dict[str, Any]:
     if factor := ropes["full_attention"].get("factor"):
         out |= {"rope_scaling_type": "linear", "rope_scaling_factor": float(factor)}
     if family.windows:
-        out["sliding_window"] = int(config.sliding_window)
+        out["sliding_window"] = int(config.sliding_window or config.max_position_embeddings)
         out["sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
         if "sliding_attention" in ropes:
             out["rope_freq_base_swa"] = float(ropes["sliding_attention"]["rope_theta"])
