@@ -4,7 +4,8 @@
     .venv-vllm/bin/python benchmarks/serving/vllm_speed.py [--out benchmarks/results/serving-vllm.md]
 
 The model: a random Llama of 41M parameters (hidden 512, 12 layers, 8 query and 4 KV heads of 64, FFN 1536, vocabulary 8192,
-tied, fp32): speed does not depend on what the weights say. Pruned by random scores; the amount is of the blocks' parameters.
+tied, fp32): speed does not depend on what the weights say. Pruned by random scores, the per-layer rows by L2 norms so that
+layers differ; the amount is of the blocks' parameters.
 Every row is a process of its own with vLLM's engine in it (no compilation, no prefix cache, one thread). B requests of 32
 random prompt tokens arrive at once and get 24 tokens each; after a run for warming up, the run with the most requests a
 second counts. All times are CPU time of the process, which is what passes on a machine with nothing else to do: other
