@@ -239,7 +239,7 @@ def _scoring(work: Work, blocks: list[_Block], end: int) -> list[Stage]:
         return []  # units are chosen in the walk
     score = 3 * 4 * big.largest
     if criterion.needs == "weights":
-        return [Stage("scores", c * big.entries + score, block=c * big.entries, read=whole)]
+        return [Stage("scores", c * big.entries + score // 2, block=c * big.entries, read=whole)]
     tables = 2 * work.stored * end
     head = Stage("loss", c * end + _logits(work, 5), states=_states(work, big))
     embed = Stage("embed", c * end, states=_states(work, big))

@@ -295,6 +295,8 @@ def prune(
             else:
                 means.resources = replace(resources, batch=batch)
             reached("claimed")
+            least = source.checkpoint.nbytes * (1 - recipe.share if recipe.of in ("params", "block-params") else 0.0)
+            check_disk(writer.partial, int(least), "the result", "free some space, or choose an -o on another disk")
         vocabulary = None
         if recipe.keep_tokens_from is not None:
             budget = _budget(source, recipe, ("vocab",), recipe.share)
