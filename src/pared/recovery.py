@@ -106,7 +106,7 @@ def make_recovery(base: dict[str, Any] | None = None, **settings: Any) -> Recove
 def default_rate(recovery: Recovery, hidden: int) -> float:
     """The peak learning rate where none is given: falling with width as the scale of useful updates does.
 
-    The constants were measured on small models (docs/recovery.md); at a width of 4096 they give 1.6e-5 for all weights and
+    The first was chosen on held-out text of a small model (docs/recovery.md), the second is not measured; at a width of 4096 they give 1.6e-5 for all weights and
     2e-4 for adapters, what is usual there.
     """
     return 0.064 / hidden if recovery.method == "full" else 0.0128 / hidden**0.5
