@@ -32,6 +32,7 @@ from pared.distributed import once
 from pared.elimination import Elimination, choose_units
 from pared.errors import UsageError
 from pared.estimate import Progress, silent
+from pared.gaps import Kept, gap_behind, goes, past_gap, skipped_in
 from pared.leastsquares import DAMPING, Moments2, refit, refit_guarded, transfer
 from pared.plan import LayerPlan, Plan, kept_sizes, layer_plan
 from pared.reconstruct import reconstruct
@@ -103,8 +104,8 @@ def compensate(
 
     reached: where to go on; the blocks before it are passed over.
 
-    Layers that the plan leaves out are passed over: their part of the drift goes into the targets of the layers after
-    them. Layers in which the plan cuts nothing stay as they are. Hidden channels can not be cut at the same time.
+    Layers and sublayers that the plan leaves out are passed over: what they did goes into the target of the consumer before
+    them, what is left of it into those after. Layers in which and behind which nothing goes stay as they are. Hidden channels can not be cut at the same time.
     """
     method = method or Method()
     if method.steps and method.mode == "refit":
@@ -117,10 +118,16 @@ def compensate(
     if reached is not None:
         x, pruned = reached.dense, reached.pruned
     place = {layer.source: i for i, layer in enumerate(plan.layers)}
+    kept = [plan.selection(place[i], stream.layout) if i in place else None for i in range(stream.num_layers)]
     for i in range(reached.layer if reached else 0, stream.num_layers):
+        keep = kept[i]
+        beyond: States | None = None
+        if method.mode in ("refit", "sequential") and keep is not None and ({"mlp"} <= skipped_in(keep) or gap_behind(kept, i)):
+            with stream.block(i) as block, torch.no_grad():
+                after = stream.through(block, i, x, keep=True)
+            beyond = past_gap(stream, kept, i, after)  # one block is resident at a time: this one comes back
         with stream.block(i) as block, torch.no_grad():
-            keep = plan.selection(place[i], stream.layout) if i in place else None
-            walk = Walk(stream, i, block, keep, method)
+            walk = Walk(stream, i, block, keep, method, beyond)
             x, pruned = walk.through(x, pruned, last=i == stream.num_layers - 1)
         progress("refit", i + 1, stream.num_layers)
         if i in place:
@@ -129,11 +136,15 @@ def compensate(
 
 
 class Walk:
-    """One block's walk: the dense stream stage by stage, choose and refit, and the pruned one after it. keep None: it goes."""
+    """One block's walk: the dense stream stage by stage, choose and refit, and the pruned one after it. keep None: it goes.
+
+    beyond: the dense stream past what goes right behind the last consumer that stays; None where nothing does.
+    """
 
     def __init__(
-        self, stream: Stream, i: int, block: nn.Module, keep: dict[str, Tensor | Nested] | None, method: Method
+        self, stream: Stream, i: int, block: nn.Module, keep: Kept | None, method: Method, beyond: States | None = None
     ) -> None:
+        self.skipped, self.beyond = skipped_in(keep or {}), beyond
         self.stream, self.i, self.block, self.method = stream, i, block, method
         self.layout: Layout = stream.layout
         self.gone, self.keep = keep is None, keep or {}
@@ -152,7 +163,7 @@ class Walk:
 
         last: nothing follows, so what leaves the block of the pruned stream is not computed.
         """
-        if self.keep and self.method.mode != "none":
+        if (self.keep or self.beyond is not None) and self.method.mode != "none":
             dense = Dense(self.stream, self.block, self.i, self.stages(x), x)
             pruned = self.follow(dense, pruned, last=last)
             return dense.at, pruned
@@ -176,7 +187,11 @@ class Walk:
         """Choose, refit, and what leaves the block of the pruned stream; None where that is the dense one again."""
         stages, order = dense.stages, dense.stages.order
         single = self.method.mode == "refit"
-        shrinking = [bool(self._axes(name) & self.keep.keys()) for name in order]
+        skips = [goes(self.layout, self.i, name, self.skipped) for name in order]
+        # The last consumer that stays bridges the gap behind it.
+        final = max((k for k, s in enumerate(skips) if not s), default=-1)
+        bridge = final if self.beyond is not None and stages.adds else -1
+        shrinking = [bool(self._axes(n) & self.keep.keys()) or skips[k] or k == bridge for k, n in enumerate(order)]
         batches = len(dense.at)
         few = batches if self.method.fit is None else self.method.fit
         same = pruned is None or single
@@ -189,13 +204,14 @@ class Walk:
             if same:
                 now = dense.entering(stage) if stages.apart else dense.entering(0)
             assert now is not None
-            if not same and self.method.mode == "sequential":
+            if not same and self.method.mode == "sequential" and not skips[stage]:
                 for group in stages.producers(stage):
                     self._refit_inputs(stage, group, dense, now, few)
-            fits = shrinking[stage] or (not same and self.method.mode == "sequential")
+            fits = not skips[stage] and (shrinking[stage] or (not same and self.method.mode == "sequential"))
             moves = stages.apart and not single and (fits or not same) and (stage < len(order) - 1 or stages.rest)
-            self._stage(stage, dense, now, few, same=same, fits=fits, moves=moves)
-            same = single or (same and not fits)
+            moves = moves and not skips[stage]
+            self._stage(stage, dense, now, few, same=same, fits=fits, moves=moves, bridge=stage == bridge)
+            same = single or (same and not shrinking[stage] and not fits)
         dense.finish()
         if single or (last and not self.method.steps):
             return None
@@ -280,7 +296,9 @@ class Walk:
                 if bias is not None:
                     self.whole[bias_of(name)] = (bias.double() + w.double() @ shift).to(bias)
 
-    def _stage(self, stage: int, dense: Dense, now: States, few: int, *, same: bool, fits: bool, moves: bool) -> None:
+    def _stage(
+        self, stage: int, dense: Dense, now: States, few: int, *, same: bool, fits: bool, moves: bool, bridge: bool = False
+    ) -> None:
         """Everything through one consumer: the dense stream, what is fitted to, and the pruned stream where it moves on."""
         stages, name = dense.stages, dense.stages.order[stage]
         module = self.block if same else self._module(self._done(stages.order[:stage]))
@@ -298,13 +316,15 @@ class Walk:
             assert here.a is not None and there.y is not None
             if fits:
                 target = there.residual + there.y - here.residual if stages.adds else there.y
+                if bridge and self.beyond is not None:
+                    target = self.beyond[b] - here.residual
                 seen = _split(sums[0], sums[1], here.a, target, seen)
             if moves:
                 waiting.append(here.a)
         if fits:
             for moments in sums:
                 moments.total()
-            self._refit(name, sums)
+            self._refit(name, sums, whole=bridge)
         for b, a in enumerate(waiting.drain()):
             now[b] = now[b] + self._gives(name, a)
 
@@ -315,10 +335,10 @@ class Walk:
         bias = self.changed.get(bias_of(name), self._bias(name))
         return F.linear(a[..., self._kept_columns(name)], oriented(self.layout, self.i, name, w), bias)
 
-    def _refit(self, name: str, sums: list[Moments2]) -> None:
+    def _refit(self, name: str, sums: list[Moments2], *, whole: bool = False) -> None:
         w, bias = self._weight(name), self._bias(name)
         (fit, held), sums[:] = sums, []  # let go as soon as the kept channels are taken from them
-        alpha = self.method.alpha if self.method.mode == "sequential" else 0.0
+        alpha = self.method.alpha if self.method.mode == "sequential" else float(whole)
         fit = fit.mixed(w, bias, alpha)
         held = held.mixed(w, bias, alpha) if held.count else fit
         centred, guarded = bias is not None, self.method.guarded
@@ -333,17 +353,17 @@ class Walk:
                     where="--compensate bias",
                     fix="--compensate refit or sequential",
                 )
-            whole = fit.plus(held).at(kept).problem(centred=True)
-            self.changed[bias_of(name)] = whole.bias(w.double()[:, kept]).to(bias)
+            every = fit.plus(held).at(kept).problem(centred=True)
+            self.changed[bias_of(name)] = every.bias(w.double()[:, kept]).to(bias)
             return
         if guarded:
             parts = fit.at(kept), held.at(kept)
             del fit, held, basis
             new, shift, self.damping[name] = refit_guarded(*parts, w[:, kept], centred=centred, scale=scale)
         else:
-            whole = basis.at(kept).problem(centred=centred, scale=scale)
-            new, self.damping[name] = refit(whole, w[:, kept]), DAMPING
-            shift = whole.bias(new)
+            every = basis.at(kept).problem(centred=centred, scale=scale)
+            new, self.damping[name] = refit(every, w[:, kept]), DAMPING
+            shift = every.bias(new)
         self.changed[name] = self._stored(name, new)
         if bias is not None:
             self.changed[bias_of(name)] = shift.to(bias)
@@ -373,7 +393,7 @@ class Walk:
 
     def _done(self, before: list[str]) -> dict[str, Tensor | Nested]:
         """The selection along the consumers that are cut already."""
-        done = frozenset().union(*(self._axes(n) for n in before))
+        done = self.skipped.union(*(self._axes(n) for n in before))
         return {a: k for a, k in self.keep.items() if a in done}
 
     def _cut(self, name: str, tensor: Tensor) -> Tensor:

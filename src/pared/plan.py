@@ -116,6 +116,10 @@ class Plan(BaseModel):
             out.update({kind: torch.zeros(0, dtype=torch.long) for kind in self.layers[layer].skip})
         return out
 
+    def changes_blocks(self, layout: Layout) -> bool:
+        """Whether a layer, or anything in one, goes."""
+        return len(self.layers) < layout.num_layers or any(layer.keep or layer.skip for layer in self.layers)
+
     def with_layer(self, i: int, layer: LayerPlan) -> Plan:
         """The plan with other units kept in the result's layer i, as many as before."""
         return self.model_copy(update={"layers": [*self.layers[:i], layer, *self.layers[i + 1 :]]})

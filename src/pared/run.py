@@ -165,7 +165,7 @@ def refit_blocks(
 
     means: what to work with. reached: where to go on.
     """
-    if not _compensates(recipe) or plan.hidden is not None or not any(layer.keep for layer in plan.layers):
+    if not _compensates(recipe) or plan.hidden is not None or not plan.changes_blocks(source.layout):
         return None
     means = means or Means(Resources(recipe.batch))
     stream = means.stream(source, recipe)

@@ -185,7 +185,8 @@ def _seen(
         if until == "output":
             raise _Enough
 
-    handles = [] if stages.apart else [_listen(block, n, before) for n in stages.order[:stage]]
+    earlier = [] if stages.apart else [n for n in stages.order[:stage] if n in dict(block.named_parameters())]
+    handles = [_listen(block, n, before) for n in earlier]
     handles.append(owner(block, name).register_forward_pre_hook(reading))
     handles.append(owner(block, name).register_forward_hook(giving))
     after = None
