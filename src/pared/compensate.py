@@ -105,7 +105,8 @@ def compensate(
     reached: where to go on; the blocks before it are passed over.
 
     Layers and sublayers that the plan leaves out are passed over: what they did goes into the target of the consumer before
-    them, what is left of it into those after. Layers in which and behind which nothing goes stay as they are. Hidden channels can not be cut at the same time.
+    them, what is left of it into those after. Layers in which and behind which nothing goes stay as they are. Hidden channels
+    can not be cut at the same time.
     """
     method = method or Method()
     if method.steps and method.mode == "refit":

@@ -7,7 +7,6 @@ the consumer itself towards X - R, of which those are a part.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -53,7 +52,8 @@ def past_gap(stream: Stream, kept: Sequence[Kept | None], i: int, x: States) -> 
                 weights = dict(block.named_parameters())
                 seen = observe(stream, block, j, x, list(consumers_of(stream.layout, j, weights)), [])
             if is_sum(seen, x[0]):
-                for name in itertools.takewhile(lambda n, j=j, s=skipped: goes(stream.layout, j, n, s), seen.order):
+                gone = [n for n in seen.order if goes(stream.layout, j, n, skipped)]
+                for name in [n for n, first in zip(gone, seen.order, strict=False) if n == first]:
                     x = stream.pool.store(t + y for t, y in zip(x, seen.outputs[name], strict=True))
         break
     return x
