@@ -108,9 +108,10 @@ def walk_back(
         inputs = state.inputs.pop()
         with stream.block(i) as block:
             parameters = {n: p for n, p in block.named_parameters() if weights and p.is_floating_point()}
-            flags = {n: p.requires_grad for n, p in parameters.items()}
+            before = {n: (p.requires_grad, p.grad) for n, p in parameters.items()}
             for p in parameters.values():
                 p.requires_grad_(True)
+                p.grad = None  # what a live model has there already is not of this loss
             found = WeightGradients()
             with _without_value(block, state.last[i]), around(i, block) if around else contextlib.nullcontext():
                 for b, hidden in enumerate(inputs.drain()):
@@ -118,7 +119,8 @@ def walk_back(
                         stream, block, i, hidden, state, b, parameters, found, squared, sequences
                     )
             for n, p in parameters.items():
-                p.requires_grad_(flags[n])
+                flag, p.grad = before[n]
+                p.requires_grad_(flag)
             total_by_name(found.first, parameters)
             if squared:
                 total_by_name(found.squared, parameters)
