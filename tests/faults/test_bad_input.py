@@ -325,7 +325,7 @@ def test_a_plan_that_does_not_fit_is_refused(tmp_path: Path, model: Path) -> Non
         (("--seq-len", "16", "--stride", "17"), "stride"),
         (("--seq-len", "16", "--batch", "0"), "batch"),
         (("--seq-len", "16", "--max-windows", "0"), "windows"),
-        (("--text", "self", "--stride", "8"), "stride"),
+        (("--text", "self", "--seq-len", "16", "--stride", "8"), "stride"),
         (("--dtype", "int8"), "--dtype"),
     ],
 )

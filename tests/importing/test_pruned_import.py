@@ -52,7 +52,7 @@ def cut(name: str, source: Path, **settings: Any) -> Any:
 def test_every_axis_is_proved(name: str, imported: Any) -> None:
     proofs = proved_layout(pared.load(imported(name)).config).proofs
     wanted = (*AXES, "query") if name == "chatglm2-6b" else AXES
-    assert set(proofs) == {*wanted, "vocab"}
+    assert set(proofs) == {*wanted, "attention", "mlp", "vocab"}
     assert all(proofs[a].holds and proofs[a].difference <= TOLERANCE for a in proofs)
 
 
