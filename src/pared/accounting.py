@@ -48,6 +48,8 @@ def account(
     chosen = [(i, {}) for i in range(layout.num_layers)] if layers is None else layers
     outside = [n for n in layout.tensors if layout.layer_of(n) is None and n not in layout.tied]
     shared = {**layout.sizes, **changed}
+    if "layer" in shared:
+        shared["layer"] = len(chosen)
     params = sum(layout.parameters(n, shared) for n in outside)
     head = shared["hidden"] * shared["vocab"]
     block_params = flops = cache = 0

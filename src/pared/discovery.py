@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -23,19 +24,22 @@ from pared.axes import Fixed, Name, Signature, count, names, parse, size
 from pared.errors import ModelError
 from pared.miniature import Miniature, axis_of_key, find_miniature, kind_keys, kinds_of
 from pared.per_layer import HEADS as KEPT_HEADS
-from pared.per_layer import PerLayer, layer_config
+from pared.per_layer import NUMBERS, PerLayer, layer_config, used_config
+from pared.scales import follow_hidden
 from pared.silence import Tied, head_arguments, tied_axes
 from pared.structure import (
     HEAD_DIM,
     HEADS,
     HIDDEN,
     KV_HEADS,
-    LAYERS,
     VOCAB,
     Layout,
     expert_runs,
+    layer_keys,
+    layer_runs,
     least_experts,
     raw_key,
+    size_key,
     sizes_of,
 )
 
@@ -53,14 +57,18 @@ class Discovered:
     """Signatures of a small instance: for each tensor every candidate, the preferred one first.
 
     unexplained: tensors with a dimension that moves with the config as no known layout does, and how that is said.
+    kinds: of each layer, as `kinds_of` gives them.
     head_arguments: arguments of a block that have an entry for each head -> the dimension that they stand in.
+    scales_follow_hidden: as in Layout.
     """
 
     config: PreTrainedConfig
     keys: dict[str, str]
     candidates: dict[str, list[str]]
     unexplained: dict[str, str]
+    kinds: tuple[Any, ...] = ()
     head_arguments: dict[str, int] = field(default_factory=dict)
+    scales_follow_hidden: bool = False
 
 
 def discover(config: PreTrainedConfig, per_layer: PerLayer | None = None) -> tuple[Layout, Discovered]:
@@ -82,18 +90,23 @@ def miniature_of(config: PreTrainedConfig) -> Miniature:
 
 def assemble(config: PreTrainedConfig, per_layer: PerLayer, found: Discovered, model: PreTrainedModel) -> Layout:
     """Carry the signatures of the small instance over to the model itself, and check them against every shape."""
+    config = used_config(config, per_layer)
     prefix, layers = modeling.blocks(model)
     start = prefix + "."
-    by_local: dict[str, set[str]] = {}
+    kinds = kinds_of(model, kind_keys(model.config))
+    by_kind: dict[tuple[Any, str], set[str]] = {}
     for n, c in found.candidates.items():
         if n.startswith(start):
-            by_local.setdefault(n[len(start) :].split(".", 1)[1], set()).add(c[0])
+            number, local = n[len(start) :].split(".", 1)
+            for kind in (found.kinds[int(number)], None):
+                by_kind.setdefault((kind, local), set()).add(c[0])
     tensors: dict[str, Signature] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, value in model.state_dict().items():
         shapes[name] = tuple(value.shape)
         if name.startswith(start):
-            options = by_local.get(name[len(start) :].split(".", 1)[1], set())
+            number, local = name[len(start) :].split(".", 1)
+            options = by_kind.get((kinds[int(number)], local)) or by_kind.get((None, local), set())
         else:
             options = set(found.candidates.get(name, ())[:1])
         signature = parse(next(iter(options))) if len(options) == 1 else None
@@ -108,16 +121,27 @@ def assemble(config: PreTrainedConfig, per_layer: PerLayer, found: Discovered, m
             d != Fixed(None) and names(d) <= said.keys() and size(d, said) != m for d, m in zip(s.dims, shapes[n], strict=True)
         ):
             tensors[n] = around[n] = parse(" ".join("_" * len(shapes[n])))
-    outside = {a: n for a, n in said.items() if a in ("hidden", "vocab")} | _implied(around, shapes)
+    named = {"hidden", "vocab"}.union(*(s.axes for s in around.values()))
+    outside = {a: n for a, n in said.items() if a in named} | _implied(around, shapes)
+    # Beside layers with attention, what others hold as many of as there are heads (gates of a recurrence) is not heads.
+    headless = [not any("d" in tensors[n].axes for n in tensors if n.startswith(f"{start}{i}.")) for i in range(len(layers))]
+    headless = headless if not all(headless) else [False] * len(layers)
     layer_sizes = []
     for i in range(len(layers)):
+        for n in tensors if headless[i] else ():
+            if n.startswith(f"{start}{i}.") and tensors[n].axes & {"kv", "query"}:
+                tensors[n] = _without_heads(tensors[n])
         own = {n: s for n, s in tensors.items() if n.startswith(f"{start}{i}.")}
         # Some families say the sizes of their layers apart by themselves.
         native = config.per_layer_config[i] if getattr(config, "is_heterogeneous", False) else config
         said = sizes_of(layer_config(native, per_layer.get(i, {})), found.keys)
         # A layer without experts has none, whatever the config says of the others.
         here = {"kv", "query", "d"}.union(*(s.axes for s in own.values())) - outside.keys()
+        if headless[i]:
+            here -= {"kv", "query"}
         layer_sizes.append({a: n for a, n in {**said, **_implied(own, shapes)}.items() if a in here})
+    hidden = raw_key(config, HIDDEN)
+    numbered = next((own[NUMBERS] for own in per_layer.values() if NUMBERS in own), None)
     layout = Layout(
         model_type=config.model_type,
         prefix=prefix,
@@ -131,13 +155,24 @@ def assemble(config: PreTrainedConfig, per_layer: PerLayer, found: Discovered, m
         tied=dict(getattr(model, "all_tied_weights_keys", {}) or {}),
         consumers=_input_dims(model),
         head_arguments=found.head_arguments,
+        scales_follow_hidden=found.scales_follow_hidden,
         follows=_followers(config, found.keys),
         runs={"expert": expert_runs(config)} if expert_runs(config) > 1 else {},
         least={"expert": least_experts(config)} if "expert" in found.keys else {},
+        block_hidden=max((own[hidden] for own in per_layer.values() if hidden in own), default=None)
+        if "d" in found.keys
+        else None,
+        numbers=tuple(numbered["numbers"]) if numbered else (),
+        numbered_of=numbered["of"] if numbered else 0,
         kept_heads={i: own[KEPT_HEADS]["kept"] for i, own in per_layer.items() if KEPT_HEADS in own},
     )
     _check_shapes(layout)
     return layout
+
+
+def _without_heads(signature: Signature) -> Signature:
+    dims = zip(_split(signature.text), signature.dims, strict=True)
+    return parse(" ".join("_" if names(node) & {"kv", "query"} else text for text, node in dims))
 
 
 def _implied(tensors: Mapping[str, Signature], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -180,10 +215,10 @@ def _followers(config: PreTrainedConfig, keys: Mapping[str, str]) -> dict[str, t
     leaders: dict[str, str] = {}
     out: dict[str, tuple[str, int]] = {}
     for axis, key in keys.items():
-        key, _, times = key.partition(" * ")
+        key, factor = size_key(config, key)
         leader = leaders.setdefault(raw_key(config, key), axis)
         if leader != axis and axis.endswith("ffn"):
-            out[axis] = leader, getattr(config, times) if times else 1
+            out[axis] = leader, int(factor or 1)
     return out
 
 
@@ -221,14 +256,25 @@ def _probe(small: Miniature) -> Discovered:
         (_explain(base, read, _samples(small, base, left_open, read)) for read in _readings(small.config, base, keys)),
         key=lambda found: len(found.unexplained),
     )
+    used = {a for texts in best.candidates.values() for a in parse(texts[0]).axes}
+    best = replace(best, keys={a: k for a, k in best.keys.items() if a in used or not a.endswith("ffn")})
     tied = tied_axes(base, assemble(base, {}, best, modeling.skeleton(base)), best.candidates)
     arguments = head_arguments(small, base) if getattr(base, HEADS, None) else {}
-    return replace(best, candidates=_narrowed(best, tied), unexplained=_left(best, tied), head_arguments=arguments)
+    return replace(
+        best,
+        candidates=_narrowed(best, tied),
+        unexplained=_left(best, tied),
+        head_arguments=arguments,
+        scales_follow_hidden=follow_hidden(small),
+    )
 
 
 def _readings(config: PreTrainedConfig, base: PreTrainedConfig, keys: dict[str, str]) -> Iterator[dict[str, str]]:
     """The ways in which the heads of a model may be counted; the first that explains every tensor is taken."""
     yield keys
+    for axis, key in keys.items():
+        if axis.endswith("ffn"):
+            yield {**keys, axis: f"{key} / 2"}  # two halves of the width that the config says
     if "d" in keys and not config.to_dict().get(HEAD_DIM):
         # Parts of the class follow a head size that the config does not name, others the hidden size.
         yield {a: k for a, k in keys.items() if a != "d"}
@@ -292,7 +338,8 @@ def _explain(base: PreTrainedConfig, keys: dict[str, str], samples: list[Sample]
             dims.append(fits or ["_"])
         candidates[name] = [" ".join(c) for c in itertools.product(*dims)]
     keys, candidates = _apart_from_experts(keys, candidates)
-    return Discovered(base, keys, candidates, unexplained)
+    kinds = kinds_of(modeling.skeleton(base), kind_keys(base))
+    return Discovered(base, keys, candidates, unexplained, tuple(kinds))
 
 
 def _apart_from_experts(keys: dict[str, str], candidates: dict[str, list[str]]) -> tuple[dict[str, str], dict[str, list[str]]]:
@@ -319,7 +366,7 @@ def _size_of(signature: Signature, sizes: Mapping[str, int]) -> int | None:
 
 def _size_keys(small: Miniature, base: PreTrainedConfig) -> dict[str, str]:
     """axis -> config key, for every key whose change moves some tensor dimension."""
-    known = {raw_key(base, k): k for k in (HIDDEN, HEADS, KV_HEADS, LAYERS, VOCAB)}
+    known = {raw_key(base, k) for k in (HIDDEN, HEADS, KV_HEADS, VOCAB)} | {*layer_keys(base), *layer_runs(base)}
     keys: dict[str, str] = {"hidden": HIDDEN, "vocab": VOCAB}
     shapes, data = _shapes(base), base.to_dict()
     for key in [*data, HEAD_DIM]:
@@ -361,7 +408,8 @@ def _perturbations(base: PreTrainedConfig, keys: Mapping[str, str]) -> Iterator[
     for axis, key in keys.items():
         if axis not in ("hidden", "vocab", "kv") and key != HEADS:
             step = 8 if key == HEAD_DIM else (24 if now.get(axis, 0) >= 16 else 2)
-            yield {key: now.get(axis, 48) + step}
+            key, factor = size_key(base, key)
+            yield {key: int((now.get(axis, 48) + step) / (factor or 1))}
 
 
 def _expressions(keys: Mapping[str, str]) -> list[tuple[str, Signature]]:
@@ -376,9 +424,9 @@ def _expressions(keys: Mapping[str, str]) -> list[tuple[str, Signature]]:
         "(kv 2 d)",
         "(kv query 2 d)",
     ]
-    texts = ["hidden", "vocab", *widths, *heads, "(kv query)", "kv"]
+    texts = ["hidden", "vocab", *widths, *heads, "(kv query)", "kv", "[vocab | 1]", "[hidden | hidden | hidden]"]
     for w in widths:
-        texts += [f"[{w} | {w}]", f"({w} 2)"]
+        texts += [f"[{w} | {w}]", f"({w} 2)", f"(layer {w})"]
         # So many experts that every token visits are one wide MLP.
         texts += [f"({c} {w})" for c in widths if "shared" in keys[c] and w.endswith("ffn") and not c.endswith("ffn")]
     return [(t, parse(t)) for t in [*texts, "d"]]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pared import modeling
 from pared.errors import ModelError
@@ -22,14 +23,17 @@ from pared.structure import (
     HEAD_DIM,
     HIDDEN,
     KV_HEADS,
-    LAYERS,
     TOP_GROUPS,
     TOP_K,
     VOCAB,
+    config_entries,
     expert_runs,
-    keep_layers,
+    hidden_keys,
+    layer_runs,
+    layer_total,
     raw_key,
     top_k_key,
+    with_layers,
 )
 from pared.structure import HEADS as NUM_HEADS
 
@@ -49,6 +53,7 @@ _NOT_MODEL = ("quantization_config", "auto_map", "torch_dtype", "dtype", PER_LAY
 _LENGTH_SCALING = ("linear", "dynamic", "yarn", "longrope", "llama3", "su", "mrope", "ntk")
 # Several copies of a miniature are held during a proof.
 _MOST_PARAMETERS = 300_000_000
+_MOST_TO_INITIALISE = 30_000_000
 _VOCABULARY, _POSITIONS, _TOKENS = 128, 64, 12
 
 
@@ -56,17 +61,20 @@ _VOCABULARY, _POSITIONS, _TOKENS = 128, 64, 12
 class Scale:
     """One way to shrink a config. head_dim: "set" to 16, "keep" what it says, or "wide": keep it and let hidden follow.
 
-    by: "parts", each size to a small one of its own, or "ratio", all heads and widths by one power of two.
+    by: "parts", each size to a small one of its own, or "ratio", all heads and widths by one power of two. computed:
+    whether entries that the class computes when it is made, and does not declare, are left to it.
     """
 
     head_dim: str
     by: str
     special_tokens: bool
+    computed: bool = False
 
 
 SCALES = [Scale(d, by, t) for t in (False, True) for d, by in (("set", "parts"), ("keep", "parts"), ("wide", "parts"))] + [
     Scale("keep", "ratio", t) for t in (False, True)
 ]
+SCALES += [replace(scale, computed=True) for scale in SCALES if not scale.special_tokens]
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ def find_miniature(config: PreTrainedConfig, kinds: Iterable[Any]) -> Miniature:
     for layers in _choices(wanted):
         if complete:
             break  # it holds every kind and does not run: more layers would not either
-        for scale in SCALES:
+        for scale in SCALES if _computed(config) else [s for s in SCALES if not s.computed]:
             small = Miniature(config, layers, scale)
             try:
                 made = small.make()
@@ -101,8 +109,9 @@ def find_miniature(config: PreTrainedConfig, kinds: Iterable[Any]) -> Miniature:
                 if sum(p.numel() for p in built.parameters()) > _MOST_PARAMETERS:
                     raise ModelError("its parts can not be made small")
                 got = kinds_of(built, keys)
-                if set(wanted) - set(got) or (wanted[-1] in wanted[-2:-1] and len(got) > 1 and got[-1] != got[-2]):
-                    # Another scale does not bring them back. (A single layer of the last kind could not be removed.)
+                alone = len(set(got)) == len(got) and len(set(wanted)) < len(wanted)
+                if set(wanted) - set(got) or alone or (wanted[-1] in wanted[-2:-1] and len(got) > 1 and got[-1] != got[-2]):
+                    # Another scale does not bring them back. (The last kind, and one at least, come twice: a layer can go.)
                     reasons["some kinds of blocks are missing in it"] = None
                     break
                 complete = True
@@ -131,11 +140,11 @@ def _choices(kinds: list[Any]) -> Iterator[tuple[int, ...]]:
 
 def kind_keys(config: PreTrainedConfig) -> list[str]:
     """The config's lists with the kind of each layer. Kinds have names or are a flag; numbers are sizes or indices."""
-    data = config.to_dict()
+    total = layer_total(config)
     return [
         k
-        for k, v in data.items()
-        if isinstance(v, list) and len(v) == config.num_hidden_layers and all(isinstance(x, str | bool) for x in v)
+        for k, v in config_entries(config).items()
+        if isinstance(v, list) and len(v) == total and all(isinstance(x, str | bool) for x in v)
     ]
 
 
@@ -143,31 +152,41 @@ def kinds_of(model: PreTrainedModel, keys: Iterable[str]) -> list[tuple[Any, ...
     """What kind of block each layer is: its tensors, and its entry in the named lists of the config."""
     _, layers = modeling.blocks(model)
     lists = [getattr(model.config, k) or [] for k in keys]
+    lists.append([run for run, n in layer_runs(model.config).items() for _ in range(n)])
     return [(tuple(layer.state_dict()), *(str(v[i : i + 1]) for v in lists)) for i, layer in enumerate(layers)]
 
 
 def _shrink(config: PreTrainedConfig, layers: tuple[int, ...], scale: Scale, sizes: dict[str, int | None]) -> PreTrainedConfig:
-    total = config.num_hidden_layers
-    data = keep_layers({k: v for k, v in config.to_dict().items() if k not in _NOT_MODEL}, list(layers), total)
+    data = with_layers(config, {k: v for k, v in config_entries(config).items() if k not in _NOT_MODEL}, list(layers))
+    if scale.computed:
+        data = {k: v for k, v in data.items() if k not in _computed(config)}
     small = _ratio(config, data) if scale.by == "ratio" else _parts(config, data, scale)
-    small |= {raw_key(config, VOCAB): _VOCABULARY, raw_key(config, LAYERS): len(layers)}
+    small[raw_key(config, VOCAB)] = _VOCABULARY
     small |= _experts(config, data)
     for key, value in data.items():
         if key.endswith("_token_id"):
             small[key] = (min(1, value) if isinstance(value, int) else value) if scale.special_tokens else None
         elif key.endswith("sliding_window") and value:
             small[key] = 8
-        elif key.endswith("vocab_size") and isinstance(value, int):
+        elif "vocab_size" in key and isinstance(value, int) and value > _VOCABULARY:
             small[key] = _VOCABULARY
         elif key.startswith("rope_") and isinstance(value, dict):
             small[key] = _plain_rope(value)
         elif isinstance(value, dict) and key in config.sub_configs:  # parts for other modalities
             small[key] = {k: min(v, 1) if k in ("num_hidden_layers", "num_blocks", "depth") else v for k, v in value.items()}
-    small["max_position_embeddings"] = _POSITIONS
+    if raw_key(config, "max_position_embeddings") in data:
+        small[raw_key(config, "max_position_embeddings")] = _POSITIONS
     wanted = {**data, **small, **sizes}
+    wanted |= dict.fromkeys(hidden_keys(config), wanted[raw_key(config, HIDDEN)])
     if isinstance(computed := getattr(type(config), HEAD_DIM, None), property) and computed.fset is None:
         wanted.pop(HEAD_DIM, None)
     return type(config).from_dict(wanted)
+
+
+def _computed(config: PreTrainedConfig) -> set[str]:
+    """Entries that the class does not declare and yet has."""
+    declared = {f.name for f in fields(config)} if is_dataclass(config) else set()
+    return {k for k in config.to_dict() if declared and k not in declared}
 
 
 def _experts(config: PreTrainedConfig, data: dict[str, Any]) -> dict[str, Any]:
@@ -197,6 +216,7 @@ def _parts(config: PreTrainedConfig, data: dict[str, Any], scale: Scale) -> dict
     if kv:
         small[raw_key(config, KV_HEADS)] = min(4, kv) if kv == 1 else 4
     small.update({k: 80 for k, v in data.items() if _is_width(k) and isinstance(v, int) and v > 0})
+    small.update({k: [80] * len(v) for k, v in data.items() if _is_width(k) and isinstance(v, list)})
     return small
 
 
@@ -276,12 +296,25 @@ def _random(model_type: str, text: str) -> PreTrainedModel:
         torch.random.set_rng_state(state)
 
 
+def _constants(model: PreTrainedModel) -> dict[str, float]:
+    """Parameters with one entry for each channel that their class sets all to one number: what they scale expects that."""
+    names = [n for n, p in model.named_parameters() if p.ndim == 1 and not n.endswith(("weight", "bias"))]
+    if not names or sum(p.numel() for p in model.parameters()) > _MOST_TO_INITIALISE:
+        return {}
+    with modeling.hf_quiet():
+        made = dict(AutoModelForCausalLM.from_config(copy.deepcopy(model.config)).named_parameters())
+    return {n: float(v) for n in names if (v := made[n].detach().min()) == made[n].detach().max() and v != 0}
+
+
 def _filled(model: PreTrainedModel) -> PreTrainedModel:
     """Weights of a size at which every part matters to the logits (fresh initialisation is near zero)."""
+    own = _constants(model)
     for name, p in model.named_parameters():
         with torch.no_grad():
             if p.ndim >= 2:
                 p.normal_(0, p.shape[-1] ** -0.5)
+            elif name in own:
+                p.normal_(own[name], 0.1 * abs(own[name]))
             else:
                 p.normal_(1.0 if name.endswith("weight") else 0.0, 0.1)
     for name, b in model.named_buffers():
@@ -295,6 +328,5 @@ def _filled(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for p in model.parameters():
             p._is_hf_initialized = True  # type: ignore[attr-defined]
-        for module in model.modules():
-            model._init_weights(module)
+    modeling.init_(model, model.modules())
     return model.eval()

@@ -34,7 +34,18 @@ from transformers.utils import logging as hf_logging
 from pared import models
 from pared.checkpoint import Checkpoint
 from pared.errors import ModelError
-from pared.per_layer import SKIP, SKIPPED, PerLayer, PerLayerConfigMixin, attach, build_layers_, join, split
+from pared.per_layer import (
+    SKIP,
+    SKIPPED,
+    UNCHECKED,
+    PerLayer,
+    PerLayerConfigMixin,
+    attach,
+    build_layers_,
+    join,
+    split,
+    used_config,
+)
 from pared.per_layer import blocks as find_blocks
 
 models.register()
@@ -87,7 +98,7 @@ def skeleton(config: PreTrainedConfig, per_layer: PerLayer | None = None, dtype:
     """The model on the meta device: names, shapes and code, no weights."""
     with torch.device("meta"), _default_dtype(dtype), hf_quiet():
         try:
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model = AutoModelForCausalLM.from_config(used_config(copy.deepcopy(config), per_layer or {}))
         except (*REJECTED, RuntimeError) as error:
             raise ModelError(
                 f"transformers can not build this model: {error}", where=f"model type {config.model_type!r}"
@@ -304,13 +315,25 @@ def fill_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device
         lost = {n: b for n in part._non_persistent_buffers_set if (b := part._buffers.get(n)) is not None and b.is_meta}
         for name, buffer in lost.items():
             part._buffers[name] = torch.empty_like(buffer, device=device)
-        if lost:
+        if lost or (part is not model and isinstance(part, PreTrainedModel)):  # models fill buffers of their blocks
             touched.append(part)
+    saved = {id(t) for t in module.state_dict(keep_vars=True).values()}
+    for part in touched:
+        tensors = [*part.parameters(), *part.buffers()] if isinstance(part, PreTrainedModel) else part.parameters(recurse=False)
+        for t in tensors:
+            if id(t) in saved:
+                t._is_hf_initialized = True  # type: ignore[attr-defined]
+    init_(model, touched)
+
+
+def init_(model: PreTrainedModel, parts: Iterable[nn.Module]) -> None:
+    """Initialise parts of a model as the innermost model does that they belong to; marked tensors are left as they are."""
+    owners: dict[int, PreTrainedModel] = {}
+    for owner in (m for m in model.modules() if isinstance(m, PreTrainedModel)):
+        owners.update({id(part): owner for part in owner.modules()})  # inner models come later
     with torch.no_grad():
-        for part in touched:
-            for p in part.parameters(recurse=False):
-                p._is_hf_initialized = True  # type: ignore[attr-defined]
-            model._init_weights(part)
+        for part in parts:
+            owners.get(id(part), model)._init_weights(part)
 
 
 def load(
@@ -354,6 +377,7 @@ def config_json(config: PreTrainedConfig, per_layer: PerLayer | None = None, aut
         data["auto_map"] = models.NATIVE[config.model_type].auto_map
     if per_layer:
         data |= {**join(per_layer), "auto_map": dict(auto_map or {})}
+        data |= {k: accepted for k, (accepted, _) in data.get(UNCHECKED, {}).items()}
     return json.dumps(data, indent=2, sort_keys=True) + "\n"
 
 

@@ -21,7 +21,7 @@ from pared.report.card import model_card
 from pared.retokenize import Retokenized
 from pared.source import Source
 from pared.spill import Pool, States
-from pared.surgery import cut_block, cut_outside, embedding_scale, keep_scale, target_config
+from pared.surgery import cut_block, cut_outside, keep_scale, target_config
 from pared.writer import CheckpointWriter
 
 
@@ -115,12 +115,11 @@ def write_pruned(
         if weights is not None:
             weights.unload(names)
 
-    scale = embedding_scale(model)
     outside = [n for n in layout.tensors if layout.layer_of(n) is None]
     steps = steps or Written(None, writer, Pool())
     plan = steps.resume(plan)
     if not steps.begun:
-        write(outside, lambda read: keep_scale(result, layout, scale, cut_outside(layout, plan, read)))
+        write(outside, lambda read: keep_scale(result, layout, source.config, cut_outside(layout, plan, read)))
         steps.done(0, len(plan.layers), None)
     for i in range(steps.first, len(plan.layers)):
         layer = plan.layers[i]

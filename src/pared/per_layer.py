@@ -4,7 +4,9 @@ Each block is made by its own class from its own config (`per_layer_config`). Wh
 (GPT-2's heads to its hidden size), the modules in it that hold tensors are then made anew in the shapes that
 `per_layer_shapes` gives, and arguments with an entry for each head (ALiBi slopes) are reduced to the heads that
 `per_layer_heads` says are left. A block without its attention or its MLP (`skip`) has stand-ins where the parts were that
-`per_layer_skipped` names. This file needs torch and transformers alone: per-layer checkpoints carry a copy of it,
+`per_layer_skipped` names. Where a class derives something from a layer's number (its kind, a scale that follows the
+depth), layers keep the numbers that `per_layer_numbers` gives: those before others were removed. This file needs torch
+and transformers alone: per-layer checkpoints carry a copy of it,
 followed by two classes, for `trust_remote_code`.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,8 +29,14 @@ PER_LAYER, SHAPES, HEADS = "per_layer_config", "per_layer_shapes", "per_layer_he
 # An entry of a layer in PER_LAYER, the kinds of sublayer that it does without; and an entry of config.json, which parts of
 # a block each kind is: {kind: {part: how many things it returns, 0 for a bare tensor; null: it hands its input on}}.
 SKIP, SKIPPED = "skip", "per_layer_skipped"
+# {"of": layers that there were, "numbers": for each layer the number that its class makes it as}.
+NUMBERS = "per_layer_numbers"
+# {config entry: [a value that the config class accepts, the one to build with]}, where its validators tie the entry to
+# sizes that blocks have for themselves.
+UNCHECKED = "per_layer_unchecked"
 
-# layer -> its entries of PER_LAYER, and under SHAPES, HEADS and SKIPPED those of the other three.
+_APART = (SHAPES, HEADS, SKIPPED, NUMBERS, UNCHECKED)
+# layer -> its entries of PER_LAYER, and under the names in _APART those of the others.
 PerLayer = dict[int, dict[str, Any]]
 
 
@@ -44,13 +53,18 @@ def split(data: Mapping[str, Any]) -> tuple[dict[str, Any], PerLayer]:
     for own in entries.values():
         if known := {kind: dict(parts[kind]) for kind in own.get(SKIP, ()) if kind in parts}:
             own[SKIPPED] = known
+    if unchecked := rest.pop(UNCHECKED, None):
+        for own in entries.values():
+            own[UNCHECKED] = {k: list(v) for k, v in unchecked.items()}
+    if numbered := rest.pop(NUMBERS, None):
+        for i in range(len(numbered["numbers"])):
+            entries.setdefault(i, {})[NUMBERS] = dict(numbered)
     return rest, entries
 
 
 def join(per_layer: PerLayer) -> dict[str, Any]:
     """The entries of config.json that say this."""
-    apart = (SHAPES, HEADS, SKIPPED)
-    own = {str(i): {k: v for k, v in e.items() if k not in apart} for i, e in sorted(per_layer.items())}
+    own = {str(i): {k: v for k, v in e.items() if k not in _APART} for i, e in sorted(per_layer.items())}
     out: dict[str, Any] = {PER_LAYER: {i: e for i, e in own.items() if e}}
     if shapes := {str(i): {n: list(s) for n, s in e[SHAPES].items()} for i, e in sorted(per_layer.items()) if SHAPES in e}:
         out[SHAPES] = shapes
@@ -63,7 +77,20 @@ def join(per_layer: PerLayer) -> dict[str, Any]:
         for kind, parts in e.get(SKIPPED, {}).items():
             skipped.setdefault(kind, {}).update(parts)
     out[SKIPPED] = skipped
+    if numbered := next((e[NUMBERS] for e in per_layer.values() if NUMBERS in e), None):
+        out[NUMBERS] = dict(numbered)
+    if unchecked := _unchecked(per_layer):
+        out[UNCHECKED] = unchecked
     return {k: v for k, v in out.items() if v}
+
+
+def _unchecked(per_layer: PerLayer) -> dict[str, Any]:
+    return next((e[UNCHECKED] for e in per_layer.values() if UNCHECKED in e), {})
+
+
+def used_config(config: PreTrainedConfig, per_layer: PerLayer) -> PreTrainedConfig:
+    """The config that a model is built from: with the entries that its class's validators would not accept."""
+    return layer_config(config, {k: used for k, (_, used) in _unchecked(per_layer).items()})
 
 
 def layer_config(config: PreTrainedConfig, entries: Mapping[str, Any]) -> PreTrainedConfig:
@@ -72,7 +99,7 @@ def layer_config(config: PreTrainedConfig, entries: Mapping[str, Any]) -> PreTra
     own.__dict__.pop("_heterogeneity_spec", None)
     for key, value in entries.items():
         of_skipped = SKIP in entries and type(value) is int and value == 0  # the block is made whole, and parts taken out
-        if key not in (SKIP, SHAPES, HEADS, SKIPPED) and not of_skipped:
+        if key not in (SKIP, *_APART) and not of_skipped:
             setattr(own, key, value)
     return own
 
@@ -82,32 +109,63 @@ def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
     Raises LookupError where there is none.
     """
-    wanted = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
-    if not found:
-        raise LookupError(f"no list of {wanted} decoder blocks in {type(model).__name__}")
-    return min(found, key=lambda item: item[0].count("."))
+    config = model.config.get_text_config()
+    for key in ("num_hidden_layers", "num_layers", "num_blocks"):  # some count sublayers by the first
+        wanted = getattr(config, key, None)
+        found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
+        if found:
+            return min(found, key=lambda item: item[0].count("."))
+    raise LookupError(f"no list of {getattr(config, 'num_hidden_layers', None)} decoder blocks in {type(model).__name__}")
 
 
 def make_block(like: nn.Module, config: PreTrainedConfig, index: int, entries: Mapping[str, Any]) -> nn.Module:
     """A decoder block of the class of `like`, in the sizes that the layer's entries give it.
 
-    A layer's own hidden size is what its heads add up to, and concerns the parts that hold heads. A part that comes out
-    in the wanted shapes with the model's hidden size is made with that.
+    A layer's own hidden size is what its heads add up to, and concerns the parts that hold heads: a part that comes out
+    in the wanted shapes with the model's hidden size is made with that. Or it is the one that the model had before it lost
+    hidden channels, which is then the larger one: scales that a class derives from it stay what they were.
     """
+    made = index
+    if numbered := entries.get(NUMBERS):
+        made, config = numbered["numbers"][index], _numbered(config, numbered["numbers"], numbered["of"])
     shapes, hidden = entries.get(SHAPES, {}), config.attribute_map.get("hidden_size", "hidden_size")
-    block = _made(like, layer_config(config, entries), index)
-    if hidden in entries:
+    block = _made(like, layer_config(config, entries), made)
+    if entries.get(hidden, math.inf) < getattr(config, hidden):
         _take_fitting_parts(
-            block, {**_shapes(block), **shapes}, like, layer_config(config, {**entries, hidden: getattr(config, hidden)}), index
+            block, {**_shapes(block), **shapes}, like, layer_config(config, {**entries, hidden: getattr(config, hidden)}), made
         )
     for kind in entries.get(SKIP, ()):
         skip_(block, entries[SKIPPED][kind], index)
     now = _shapes(block)
+    for name, buffer in like.named_buffers():  # what a model gives its blocks once they are made
+        owner, _, leaf = name.rpartition(".")
+        if owner not in dict(block.named_modules()):
+            continue  # skipped
+        if name not in dict(block.named_buffers()) and leaf in like.get_submodule(owner)._non_persistent_buffers_set:
+            block.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
     fit_(block, {n: shape for n, shape in shapes.items() if now[n] != tuple(shape)})
+    if entries.get(hidden, 0) > getattr(config, hidden):
+        _note_size(block, entries[hidden], getattr(config, hidden))
+    for part in block.modules():
+        if getattr(part, "layer_idx", None) == made:
+            part.layer_idx = index  # type: ignore[assignment]  # its place in the cache
     if heads := entries.get(HEADS):
         keep_heads_(block, heads["kept"], heads["of"], heads["arguments"])
     return block.eval()
+
+
+def _numbered(config: PreTrainedConfig, numbers: list[int], of: int) -> PreTrainedConfig:
+    """The config as of a model of `of` layers, of which those with these numbers are left."""
+    own = copy.copy(config)
+    for key, value in vars(config).items():
+        if isinstance(value, list) and len(value) == len(numbers) and "token" not in key:
+            whole, at = [], 0
+            for n in range(of):
+                at += at + 1 < len(numbers) and numbers[at + 1] <= n
+                whole.append(value[at])
+            setattr(own, key, whole)
+    own.num_hidden_layers = of
+    return own
 
 
 def _take_fitting_parts(
@@ -124,6 +182,19 @@ def _take_fitting_parts(
             setattr(block, name, part)
 
 
+def _note_size(block: nn.Module, before: int, now: int) -> None:
+    """Have modules that view their input by the hidden size which they noted note the present one.
+
+    Not where a tensor still has a dimension of the size before: there it is heads, or an inner width.
+    """
+    for part in block.modules():
+        sizes = {n for t in part.state_dict().values() for n in t.shape}
+        if now in sizes and not any(n % before == 0 for n in sizes):
+            for key, value in list(vars(part).items()):
+                if type(value) is int and value == before:
+                    setattr(part, key, now)
+
+
 def _made(like: nn.Module, config: PreTrainedConfig, index: int) -> nn.Module:
     """A block of the class of `like`: its constructor is given the config, the layer's number, or what the config says."""
     arguments: list[Any] = []
@@ -132,8 +203,12 @@ def _made(like: nn.Module, config: PreTrainedConfig, index: int) -> nn.Module:
             arguments.append(config)
         elif hasattr(config, p.name):
             arguments.append(getattr(config, p.name))
+        elif "type" in p.name and (kinds := [v for k, v in vars(like).items() if k.endswith("type") and isinstance(v, str)]):
+            arguments.append(kinds[0])
         elif any(w in p.name for w in ("layer", "idx", "index")):
             arguments.append(index)
+        elif own := [v for v in (getattr(m, p.name, None) for m in like.modules()) if isinstance(v, int | float | str)]:
+            arguments.append(own[0])  # what a model gives its blocks, they or their parts keep under the same name
         else:
             break
     return type(like)(*arguments)
@@ -237,10 +312,18 @@ def _heads(value: Tensor, dim: int, index: Tensor, total: int) -> Tensor:
 
 
 def build_layers_(model: PreTrainedModel, per_layer: PerLayer) -> None:
-    """Replace the blocks that have entries of their own."""
-    _, layers = blocks(model)
+    """Replace the blocks that have entries of their own, and tables that follow from the hidden size that blocks are made for."""
+    prefix, layers = blocks(model)
     for i, entries in sorted(per_layer.items()):
         layers[i] = make_block(layers[i], model.config, i, entries)
+    hidden = model.config.attribute_map.get("hidden_size", "hidden_size")
+    if max((e.get(hidden, 0) for e in per_layer.values()), default=0) > getattr(model.config, hidden):
+        config = layer_config(model.config, {hidden: max(e.get(hidden, 0) for e in per_layer.values())})
+        for name, part in list(model.named_modules()):
+            tables = bool(part._buffers) and not part.state_dict()  # rotary frequencies
+            if tables and not name.startswith(prefix) and "config" in inspect.signature(type(part).__init__).parameters:
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, type(part)(config=config))
 
 
 class PerLayerConfigMixin:
@@ -258,7 +341,7 @@ class PerLayerConfigMixin:
         # Permission to read global values is for the live object: in config.json it would let a stock transformers
         # build uniform layers without a word.
         data.pop("allow_global_per_layer_attribute_access", None)
-        return data
+        return {**data, **{k: accepted for k, (accepted, _) in data.get(UNCHECKED, {}).items()}}
 
 
 def attach(config: PreTrainedConfig, per_layer: PerLayer) -> None:
@@ -266,6 +349,8 @@ def attach(config: PreTrainedConfig, per_layer: PerLayer) -> None:
     config.allow_global_per_layer_attribute_access = True
     for key, value in join(per_layer).items():
         setattr(config, key, value)
+    for key, (_, used) in _unchecked(per_layer).items():
+        setattr(config, key, used)
 
 
 class PerLayerModelMixin:

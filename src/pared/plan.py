@@ -107,6 +107,8 @@ class Plan(BaseModel):
             out["hidden"] = from_ranges(self.hidden)
         if layer is None and self.vocab is not None:
             out["vocab"] = from_ranges(self.vocab)
+        if layer is None and len(self.layers) < layout.sizes.get("layer", 0):  # tables with a part for each layer
+            out["layer"] = torch.tensor([own.source for own in self.layers])
         if layer is not None:
             for axis, kept in self.layers[layer].keep.items():
                 if isinstance(kept, str):

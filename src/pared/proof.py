@@ -49,15 +49,15 @@ def _proved(model_type: str, config_text: str, per_layer_text: str) -> Layout:
     return with_sublayers(replace(layout, proofs=proofs | whole), parts, per_layer)
 
 
-def prove(found: Discovered) -> tuple[dict[str, str], dict[str, Proof]]:
+def prove(found: Discovered) -> tuple[dict[tuple[str, str], str], dict[str, Proof]]:
     """Prove every axis of a tiny instance. Gives the signatures chosen among the candidates, and a proof for each axis."""
     model = random_model(found.config)
     base = assemble(found.config, {}, found, model)
-    options: dict[str, list[str]] = {}
+    options: dict[tuple[str, str], list[str]] = {}
     for name, texts in found.candidates.items():
         if base.layer_of(name) is not None and len(texts) > 1:
-            options[base.local(name)] = texts
-    chosen: dict[str, str] = {}
+            options[base.local(name), texts[0]] = texts
+    chosen: dict[tuple[str, str], str] = {}
     proofs: dict[str, Proof] = {}
     for axis in prunable_axes(base):
         undecided = {n: t for n, t in options.items() if n not in chosen and any(axis in x for x in t)}
@@ -92,10 +92,11 @@ def _attempt(model: PreTrainedModel, layout: Layout, axis: str, found: Discovere
         return first
     if axis == "layer":
         fixed = layout.before_another_kind()
-        if not fixed:
-            return first
-        second = _tried(model, replace(layout, fixed_layers=fixed), axis, found, stock=True)
-        return replace(second, tail=True) if second.holds else first
+        second = _tried(model, replace(layout, fixed_layers=fixed), axis, found, stock=True) if fixed else first
+        if second.holds:
+            return replace(second, tail=True)
+        third = _tried(model, layout, axis, found, stock=False)
+        return third if third.holds else first
     second = _tried(model, layout, axis, found, stock=False)
     # Where no config says the sizes, what the other form fails on is the reason.
     return second if second.holds or first.difference is None else first
@@ -109,10 +110,17 @@ def _tried(model: PreTrainedModel, layout: Layout, axis: str, found: Discovered,
                 return Proof(axis, False, None, why, stock)
     try:
         layout = replace(layout, proofs={axis: Proof(axis, True, stock=stock)})
-        plan = trial_plan(layout, axis)
-        if not stock:
-            plan = plan.model_copy(update={"shape": "per-layer"})
-        cut = cut_model(model, layout, plan)
+        for going in _able_to_go(layout) if axis == "layer" else [None]:
+            plan = trial_plan(layout, axis, going)
+            if not stock:
+                plan = plan.model_copy(update={"shape": "per-layer"})
+            try:
+                cut = cut_model(model, layout, plan)
+                break
+            except ModelError as error:  # the config can not do without this layer (its only one with attention)
+                refused = error
+        else:
+            raise refused
         difference = compare(model, cut, layout, plan, axis)
     except ParedError as error:
         return Proof(axis, False, None, error.what, stock)
@@ -123,8 +131,10 @@ def _tried(model: PreTrainedModel, layout: Layout, axis: str, found: Discovered,
     return Proof(axis, False, difference, f"cutting and masking differ by {difference:.1e}", stock)
 
 
-def trial_plan(layout: Layout, axis: str) -> Plan:
+def trial_plan(layout: Layout, axis: str, going: int | None = None) -> Plan:
     """A random part of the units of one axis removed, others in every layer, and of the axes whose sizes hang on it.
+
+    going: of layers, the one that is removed.
 
     Raises ModelError where none can go.
     """
@@ -143,7 +153,7 @@ def trial_plan(layout: Layout, axis: str) -> Plan:
     if axis == "vocab":
         vocab = to_ranges(some(layout.sizes["vocab"], layout.sizes["vocab"] * 3 // 4).tolist())
     elif axis == "layer":
-        going = next(i for i in range(layout.num_layers // 2, layout.num_layers) if i not in layout.fixed_layers)
+        going = _able_to_go(layout)[0] if going is None else going
         layers = [layer for layer in layers if layer.source != going]
     elif axis == "hidden":
         hidden = to_ranges(some(layout.sizes["hidden"], layout.sizes["hidden"] * 3 // 4).tolist())
@@ -166,6 +176,13 @@ def trial_plan(layout: Layout, axis: str) -> Plan:
             layers[i] = layer_plan(i, picked, sizes)
     nothing = account(layout)
     return Plan(model_type=layout.model_type, before=nothing, after=nothing, hidden=hidden, vocab=vocab, layers=layers)
+
+
+def _able_to_go(layout: Layout) -> list[int]:
+    """Layers that can go, the first from the middle on, of a kind that stays where there is one."""
+    kinds = [tuple(layout.local(n) for n in layout.block_tensors(i)) for i in range(layout.num_layers)]
+    able = [i for i in range(layout.num_layers) if i not in layout.fixed_layers]
+    return sorted(able, key=lambda i: (kinds.count(kinds[i]) == 1, i < layout.num_layers // 2, i))
 
 
 def compare(dense: PreTrainedModel, cut: PreTrainedModel, layout: Layout, plan: Plan, axis: str) -> float:
@@ -212,7 +229,14 @@ def _skip_layers(model: PreTrainedModel, layout: Layout, plan: Plan) -> None:
         def skip(*args: Any, _original: Callable[..., Any] = original, **kwargs: Any) -> Any:
             out = _original(*args, **kwargs)
             entered = args[0] if args else kwargs["hidden_states"]
-            return (entered, *out[1:]) if isinstance(out, tuple | list) else entered
+            if not isinstance(out, tuple | list):
+                return entered
+            # A state that blocks hand on beside the hidden states goes past as well.
+            passed = [
+                a if isinstance(a, Tensor) and isinstance(o, Tensor) and a.shape == o.shape else o
+                for a, o in zip(args[1:], out[1:], strict=False)
+            ]
+            return (entered, *passed, *out[1 + len(passed) :])
 
         layers[i].forward = skip
 

@@ -27,6 +27,7 @@ _HEADS = [
     for t in ("(kv query d)", "(kv d)", "[kv query d | kv d | kv d]", "(kv [query d | d | d])", "[kv d | kv d]", "(kv 2 d)")
 ]
 _FFN = [parse(t) for t in ("ffn", "[ffn | ffn]", "(ffn 2)")]
+_THREE = "[hidden | hidden | hidden]"
 _HIDDEN, _UNKNOWN = parse("hidden").dims[0], parse("_").dims[0]
 
 
@@ -50,11 +51,13 @@ def tied_axes(config: PreTrainedConfig, layout: Layout, candidates: Mapping[str,
             dim = layout.consumers[name]
             if layout.tensors[name].dims[1 - dim] != _HIDDEN:
                 continue  # what reads heads or FFN channels writes to the residual stream
-            node, heads = layout.tensors[name].dims[dim], size(_HEADS[0].dims[0], sizes)
+            node, heads = layout.tensors[name].dims[dim], size(_HEADS[0].dims[0], sizes) if "kv" in sizes else None
             if node == _HIDDEN and layout.shapes[name][dim] == heads and max(sizes["kv"], sizes["query"]) > 1:
                 _find_heads(probe, name, dim, out)
             if node == _UNKNOWN and "ffn" not in layout.keys:
                 _find_ffn(probe, name, dim, out)
+            if node == _HEADS[0].dims[0] and layout.sizes["hidden"] == heads:
+                _find_norms(probe, name, dim, out)
     # What was found in one layer holds in every layer of its kind.
     for (name, dim), texts in list(out.items()):
         for j in range(layout.num_layers) if layout.layer_of(name) is not None else ():
@@ -116,6 +119,20 @@ def _find_heads(probe: _Probe, name: str, dim: int, out: Tied) -> None:
     _find(probe, name, dim, _HEADS, sizes, axis, out)
 
 
+def _find_norms(probe: _Probe, name: str, dim: int, out: Tied) -> None:
+    """Norms over all heads right before their consumer, whose classes take the hidden size to be the same."""
+    layout, sizes = probe.layout, probe.layout.sizes_at(probe.layer)
+    beside = [
+        n
+        for n in layout.block_tensors(probe.layer)
+        if layout.tensors[n].text == "hidden" and _module(_module(n)) == _module(_module(name)) and _module(n) != _module(name)
+    ]
+    if beside:
+        first = _positions(_HEADS[0], sizes, "kv" if sizes["kv"] > 1 else "query")
+        found = probe.silenced(name, dim, first)
+        out.update({(n, 0): [_HEADS[0].text] for n in beside if found.get((n, 0)) == set(first.tolist())})
+
+
 def _find_ffn(probe: _Probe, name: str, dim: int, out: Tied) -> None:
     _find(probe, name, dim, _FFN, {"ffn": probe.layout.shapes[name][dim]}, "ffn", out)
 
@@ -165,7 +182,10 @@ def _rest(layout: Layout, candidates: Mapping[str, list[str]], out: Tied) -> Non
                 continue
             if node != _HIDDEN:
                 if names(node) & {"kv", "query"} and _module(_module(name)) not in beside and layout.layer_of(name) is not None:
-                    out[name, dim] = ["_"]  # a multiple of the hidden size, by chance that of all heads
+                    # A multiple of the hidden size, by chance that of all heads.
+                    out[name, dim] = (
+                        [_THREE] if size(parse(_THREE).dims[0], layout.sizes) == layout.shapes[name][dim] else ["_"]
+                    )
                 continue
             inner = _module(_module(name)) in beside and name not in readers and layout.consumers.get(name) != dim
             out[name, dim] = ["hidden", "(kv query d)"] if inner and any("kv" in t for t in texts) else ["hidden"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -25,6 +26,11 @@ TOP_K, GROUPS, TOP_GROUPS = "num_experts_per_tok", "n_group", "topk_group"
 # What a block is made of besides its residual stream; the words are those of transformers' `per_layer_config`.
 SUBLAYERS = ("attention", "mlp")
 # How configs spell the number of experts that a token visits where they do not map it to transformers' name.
+_LAYERS = re.compile(r"(n|num)_(hidden_)?(layers?|blocks?)")
+_RUN_OF_LAYERS = re.compile(r"(n|num)_[a-z]+_layers")
+_FIRST_LAYERS = re.compile(r"first_k_\w+|(n|num)_dense_layers")
+_LAST_LAYERS = re.compile(r"(n|num)_kv_shared_layers")
+_HIDDEN = re.compile(r"(embedding|embed|hidden|model)_(dim|size)|d_model|n_embd")
 _TOP_K = re.compile(r"(experts?|moe)\w*(per_tok|top_?k$|_k$)|top_?k_experts$")
 
 
@@ -57,6 +63,9 @@ class Layout:
     sublayers: kind ("attention", "mlp") -> the parts of a block that it is made of, as `per_layer_skipped` says them; a
     layer that has it has one unit of an axis of that name.
     follows: axis -> (the axis whose size it must have, times a factor), where one config key says both.
+    block_hidden: the hidden size that blocks are made for, where the model has lost hidden channels in the per-layer form.
+    scales_follow_hidden: whether embeddings, or what enters the head, are multiplied with what follows from the hidden size.
+    numbers: the number that each layer is made as, where it is another than its place, of `numbered_of` layers.
     runs: axis -> equal runs of units that have to keep as many each. least: axis -> the fewest units that can stay.
     """
 
@@ -78,6 +87,10 @@ class Layout:
     follows: dict[str, tuple[str, int]] = field(default_factory=dict)
     runs: dict[str, int] = field(default_factory=dict)
     least: dict[str, int] = field(default_factory=dict)
+    block_hidden: int | None = None
+    scales_follow_hidden: bool = False
+    numbers: tuple[int, ...] = ()
+    numbered_of: int = 0
     proofs: dict[str, Proof] = field(default_factory=dict)
 
     def layer_of(self, name: str) -> int | None:
@@ -141,21 +154,32 @@ def sizes_of(config: PreTrainedConfig, keys: Mapping[str, str]) -> dict[str, int
     # Where "query" has a key of its own, one KV head serves all of them.
     kv = 1 if keys.get("query") == HEADS else _value(config, KV_HEADS) or heads
     sizes = {"hidden": _value(config, HIDDEN), "vocab": _value(config, VOCAB), "kv": kv, "query": heads // kv}
+    sizes["layer"] = layer_total(config)
     sizes["d"] = (_value(config, HEAD_DIM) if keys.get("d") == HEAD_DIM else None) or sizes["hidden"] // heads
     for axis, key in keys.items():
         if axis not in sizes:
-            key, _, times = key.partition(" * ")
-            value, factor = _value(config, key), _value(config, times) if times else 1
+            key, factor = size_key(config, key)
+            value = _value(config, key)
             if value is not None and factor is not None:
-                sizes[axis] = value * factor
+                sizes[axis] = int(value * factor)
     return sizes
+
+
+def size_key(config: PreTrainedConfig, text: str) -> tuple[str, Fraction | None]:
+    """The config key of an axis, and what its value is multiplied with: "key", "key * other key" or "key / number"."""
+    key, times, other = text.partition(" * ")
+    if times:
+        value = _value(config, other)
+        return key, None if value is None else Fraction(value)
+    key, _, part = text.partition(" / ")
+    return key, Fraction(1, int(part or 1))
 
 
 def resize(config: PreTrainedConfig, keys: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, Any]:
     """The config entries that say these axis sizes: {config key: value}. Axes that no key counts are passed over.
 
     A key may be a product, "moe_intermediate_size * n_shared_experts", of which the first factor is the size that
-    changes. Raises ModelError where axes that share a key want different values of it.
+    changes, or a part, "intermediate_size / 2". Raises ModelError where axes that share a key want different values of it.
     """
     out: dict[str, Any] = {}
     if "kv" in sizes or "query" in sizes:
@@ -167,13 +191,13 @@ def resize(config: PreTrainedConfig, keys: Mapping[str, str], sizes: Mapping[str
         if keys.get("d") == HEAD_DIM:
             out[HEAD_DIM] = sizes.get("d", now["d"])
     if "hidden" in sizes:
-        out[raw_key(config, HIDDEN)] = sizes["hidden"]
+        out.update(dict.fromkeys(hidden_keys(config), sizes["hidden"]))
         if keys.get("d") == HEAD_DIM:
             out[HEAD_DIM] = sizes_of(config, keys)["d"]
     for axis, n in sizes.items():
         if axis not in ("kv", "query", "hidden", "d", "layer") and axis in keys:
-            key, _, times = keys[axis].partition(" * ")
-            value, left = divmod(n, _value(config, times) if times else 1)
+            key, factor = size_key(config, keys[axis])
+            value, left = divmod(Fraction(n), factor or 1)
             if left or out.setdefault(raw_key(config, key), value) != value:
                 raise ModelError(f"the config can not express this shape: {key} can not be {n} for {axis} alone")
     return out
@@ -213,12 +237,74 @@ def least_experts(config: PreTrainedConfig) -> int:
     return top_k if groups == 1 else groups * max(2, -(-top_k // _value(config, TOP_GROUPS)))
 
 
-def block_entries(config: PreTrainedConfig, keys: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, Any]:
+def block_entries(
+    config: PreTrainedConfig, keys: Mapping[str, str], sizes: Mapping[str, int], hidden: int | None = None
+) -> dict[str, Any]:
     """The config entries that a block of these sizes is made from: `resize`, and a hidden size that its heads add up to
-    where heads have no size of their own. The modules that hold hidden channels are given their shapes afterwards."""
+    where heads have no size of their own, or else the given one. The modules that hold hidden channels are given their
+    shapes afterwards."""
     out = resize(config, keys, {a: n for a, n in sizes.items() if a != "hidden"})
     if "d" not in keys and {"kv", "query"} <= sizes.keys() and sizes.get("d"):
         out[raw_key(config, HIDDEN)] = sizes["kv"] * sizes["query"] * sizes["d"]
+    elif hidden is not None:
+        out[raw_key(config, HIDDEN)] = hidden
+    return out
+
+
+def config_entries(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config is made from: its config.json, with counts and lists as the class itself holds them (some count
+    layers otherwise on disk)."""
+    data: dict[str, Any] = config.to_dict()
+    own = {k: getattr(config, k, v) for k, v in data.items() if isinstance(v, int | list) and not isinstance(v, bool)}
+    return {**data, **{k: v for k, v in own.items() if type(v) is type(data[k])}}
+
+
+def layer_keys(config: PreTrainedConfig) -> list[str]:
+    """The entries that say how many decoder blocks there are, the first being what the blocks are counted by."""
+    data, key = config.to_dict(), raw_key(config, LAYERS)
+    total = getattr(config, LAYERS, None)
+    if total is None:
+        return []
+    also = [k for k, v in config_entries(config).items() if _LAYERS.fullmatch(k) and k != key and _is_count(v)]
+    if key in data:
+        return [key, *(k for k in also if getattr(config, k) == total)]
+    return [k for k in also if total % getattr(config, k) == 0][:1]  # a computed number: sublayers, say
+
+
+def hidden_keys(config: PreTrainedConfig) -> list[str]:
+    """The entries that say the hidden size: transformers' own, and others of such a name and the same value."""
+    key, hidden = raw_key(config, HIDDEN), getattr(config, HIDDEN, None)
+    return [key, *(k for k in config.to_dict() if k != key and _HIDDEN.fullmatch(k) and getattr(config, k, None) == hidden)]
+
+
+def layer_total(config: PreTrainedConfig) -> int:
+    """Decoder blocks, as the config counts them."""
+    keys = layer_keys(config)
+    return int(getattr(config, keys[0] if keys else LAYERS))
+
+
+def layer_runs(config: PreTrainedConfig) -> dict[str, int]:
+    """Entries that count runs of layers, one behind the other, which add up to all layers: {key: layers}."""
+    found = {k: v for k, v in config_entries(config).items() if _RUN_OF_LAYERS.fullmatch(k) and isinstance(v, int)}
+    found = {k: v for k, v in found.items() if k not in layer_keys(config)}
+    return found if len(found) > 1 and sum(found.values()) == layer_total(config) else {}
+
+
+def with_layers(config: PreTrainedConfig, data: Mapping[str, Any], kept: list[int]) -> dict[str, Any]:
+    """Config entries that say the kept layers, in this order: their number, runs of them, how many of the first or the
+    last are of a kind, and lists with one entry for each."""
+    out = keep_layers(data, kept, layer_total(config)) | {k: len(kept) for k in layer_keys(config)}
+    start = 0
+    for key, n in layer_runs(config).items():
+        out[key] = sum(start <= i < start + n for i in kept)
+        start += n
+    total = layer_total(config)
+    for key, n in out.items():
+        if isinstance(n, int) and not isinstance(n, bool) and 0 < n <= total:
+            if _FIRST_LAYERS.fullmatch(key):
+                out[key] = sum(i < n for i in kept)
+            elif _LAST_LAYERS.fullmatch(key):
+                out[key] = sum(i >= total - n for i in kept)
     return out
 
 
@@ -244,10 +330,10 @@ def _value(config: PreTrainedConfig, name: str) -> Any:
     return getattr(config, name, None)
 
 
-def with_signatures(layout: Layout, chosen: Mapping[str, str]) -> Layout:
-    """The layout with other signatures for the named tensors of every block (names inside the block)."""
+def with_signatures(layout: Layout, chosen: Mapping[tuple[str, str], str]) -> Layout:
+    """The layout with other signatures for tensors of its blocks: (name inside the block, present signature) -> another."""
     tensors = {
-        n: parse(chosen[layout.local(n)]) if layout.layer_of(n) is not None and layout.local(n) in chosen else s
+        n: parse(chosen.get((layout.local(n), s.text), s.text)) if layout.layer_of(n) is not None else s
         for n, s in layout.tensors.items()
     }
     return replace(layout, tensors=tensors)

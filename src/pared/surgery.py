@@ -13,12 +13,25 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pared import modeling
 from pared.axes import Selection, indices, names, parse, size, take, zero_
+from pared.discovery import miniature_of
 from pared.errors import ModelError
 from pared.families import STAND_INS
 from pared.per_layer import HEADS as KEPT_HEADS
-from pared.per_layer import PER_LAYER, SHAPES, SKIP, SKIPPED, PerLayer, make_block
+from pared.per_layer import NUMBERS, PER_LAYER, SHAPES, SKIP, SKIPPED, UNCHECKED, PerLayer, make_block
 from pared.plan import Plan, kept_sizes
-from pared.structure import HEAD_DIM, HEADS, LAYERS, Layout, block_entries, keep_layers, raw_key, resize, sizes_of
+from pared.scales import at_hidden, last_norm
+from pared.structure import (
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    Layout,
+    block_entries,
+    config_entries,
+    raw_key,
+    resize,
+    sizes_of,
+    with_layers,
+)
 from pared.vocabulary import remap_ids
 
 
@@ -30,15 +43,18 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
     shapes = [{a: n for a, n in plan.sizes(i, layout).items() if a not in layout.sizes} for i in range(len(plan.layers))]
     together = {a: n for s in shapes for a, n in s.items()}
     shared = kept_sizes(plan.selection(None, layout))
+    if layout.sizes["hidden"] != getattr(config, HIDDEN):
+        shared.setdefault("hidden", layout.sizes["hidden"])  # lost before, past the validators of the class
     sources = [layer.source for layer in plan.layers]
-    data = keep_layers(config.to_dict(), sources, layout.num_layers)
+    data = with_layers(config, config_entries(config), sources)
     if (new := plan.numbering(layout)) is not None:
         data = remap_ids(data, new, "config.json")
-    data[config.attribute_map.get(LAYERS, LAYERS)] = len(sources)
     if said := {int(i): e for i, e in (data.get(PER_LAYER) or {}).items()}:  # of families that say it by themselves
         data[PER_LAYER] = {i: said[source] for i, source in enumerate(sources) if source in said}
     changed = {a for i, own in enumerate(shapes) for a in own if own[a] != layout.layer_sizes[sources[i]].get(a)}
-    stock = all(layout.proofs[a].stock for a in changed | shared.keys() if a in layout.proofs)
+    axes = changed | shared.keys() | ({"layer"} if len(sources) < layout.num_layers else set())
+    stock = all(layout.proofs[a].stock for a in axes if a in layout.proofs) and not layout.numbers
+    stock = stock and layout.sizes["hidden"] == getattr(config, HIDDEN)
     stock = stock and all(own.get(kind) != 0 for own in shapes for kind in layout.sublayers)
     if getattr(config, "is_heterogeneous", False):
         together = {a: n for a, n in together.items() if a in changed}  # what else they differ in is the family's own way
@@ -56,15 +72,37 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
     changes = resize(config, layout.keys, shared)
     if shared and "d" not in layout.keys and "d" in shapes[0] and not getattr(config, HEAD_DIM, None):
         changes[HEAD_DIM] = shapes[0]["d"]  # rotary tables outside of the blocks would follow the hidden size
-    target = _build(config, {**data, **changes})
+    try:
+        target, unchecked = _build(config, {**data, **changes}), {}
+    except ModelError:
+        # The class ties the hidden size to inner widths. Blocks have those for themselves, so it need not be told.
+        if raw_key(config, HIDDEN) not in changes:
+            raise
+        said, used = getattr(config, HIDDEN), changes.pop(raw_key(config, HIDDEN))
+        target, unchecked = _build(config, {**data, **changes}), {raw_key(config, HIDDEN): [said, used]}
+        setattr(target, HIDDEN, used)
     entries: PerLayer = {}
+    numbered = _numbers_entry(layout, sources) if "layer" in axes or layout.numbers else None
+    hidden = layout.block_hidden or (layout.sizes["hidden"] if "hidden" in shared else None)
     for i, sizes in enumerate(shapes):
-        own = block_entries(config, layout.keys, sizes)
+        own = block_entries(config, layout.keys, sizes, hidden)
         entries[i] = {k: v for k, v in own.items() if v != getattr(target, k, None)}
         entries[i] |= _heads_entry(layout, config, sources[i], plan.selection(i, layout))
         entries[i] |= _skip_entry(layout, config, sizes)
+        if numbered:
+            entries[i][NUMBERS] = numbered
+        if unchecked:
+            entries[i][UNCHECKED] = unchecked
     _add_shapes(layout, plan, target, entries)
     return target, {i: own for i, own in entries.items() if own}
+
+
+def _numbers_entry(layout: Layout, sources: list[int]) -> dict[str, Any] | None:
+    """The numbers that layers are made as, where their class derives something from them."""
+    if not layout.numbers and layout.proofs["layer"].stock:
+        return None
+    before = layout.numbers or tuple(range(layout.num_layers))
+    return {"of": layout.numbered_of or layout.num_layers, "numbers": [before[i] for i in sources]}
 
 
 def _heads_entry(layout: Layout, config: PreTrainedConfig, source: int, keep: Selection) -> dict[str, Any]:
@@ -96,10 +134,12 @@ def rebuilt(
     """A block of the class of `block`, cut: made from its own config and given these tensors, by their name inside it."""
     config = model.config
     sizes = {**layout.sizes_at(layer), **kept_sizes(keep)}
-    entries = {**block_entries(config, layout.keys, sizes), **_heads_entry(layout, config, layer, keep)}
+    entries = {**block_entries(config, layout.keys, sizes, layout.block_hidden), **_heads_entry(layout, config, layer, keep)}
     entries |= _skip_entry(layout, config, sizes)
     stays = layout.remaining([f"{layout.prefix}.{layer}.{n}" for n in tensors], sizes)
     tensors = {n: tensors[n] for n in map(layout.local, stays)}
+    if numbered := _numbers_entry(layout, list(range(layout.num_layers))) if layout.numbers else None:
+        entries[NUMBERS] = numbered
     entries[SHAPES] = {n: tuple(t.shape) for n, t in tensors.items()}
     with torch.device("meta"):
         made = make_block(block, config, layer, entries)
@@ -195,32 +235,31 @@ def cut_outside(layout: Layout, plan: Plan, read: Callable[[str], Tensor]) -> di
     return {n: take(read(n), layout.tensors[n], layout.sizes, keep) for n in names}
 
 
-def embedding_scale(model: PreTrainedModel) -> float:
-    """What a model multiplies its input embeddings with, where its class derives that from the hidden size (Gemma)."""
-    return float(getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0))
+def keep_scale(
+    result: PreTrainedModel, layout: Layout, config: PreTrainedConfig, state: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Tensors outside of the blocks, changed so that scales which follow from the hidden size make no difference.
 
-
-def keep_scale(result: PreTrainedModel, layout: Layout, dense_scale: float, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors outside of the blocks, changed so that another embedding scale makes no difference.
-
-    The embeddings take up the ratio; where the head shares them, the last norm takes it back.
+    config: of the model that is cut. The embeddings take up the ratio of their scales; where the head shares them, the
+    last norm takes it back, and it takes up the ratio of what stands between it and the head.
     """
-    ratio = dense_scale / embedding_scale(result)
-    if ratio == 1.0:
+    new, old = getattr(result.config, HIDDEN), layout.sizes["hidden"]
+    if not layout.scales_follow_hidden or new == old:
         return state
-    names = {id(p): n for n, p in result.named_parameters(remove_duplicate=False) if n in state}
-    embedding = names[id(result.get_input_embeddings().weight)]
-    out = {**state, embedding: (state[embedding].float() * ratio).to(state[embedding].dtype)}
-    if layout.tied:
-        outside = [n for n in state if layout.layer_of(n) is None and layout.tensors[n].text == "hidden"]
-        norm = [n for n in outside if "norm" in type(_module_of(result, n)).__name__.lower()][-1]
-        offset = _norm_offset(_module_of(result, norm))
-        out[norm] = ((state[norm].float() + offset) / ratio - offset).to(state[norm].dtype)
+    small = miniature_of(config)
+    before, after = at_hidden(small, old), at_hidden(small, new)
+    ratio = before.embeddings / after.embeddings
+    embedding = next(n for n, m in result.named_modules() if m is result.get_input_embeddings()) + ".weight"
+    out = {**state, embedding: (state[embedding].double() * ratio).to(state[embedding].dtype)}
+    outward = before.head / after.head / (ratio if layout.tied else 1.0)
+    if outward != 1.0:
+        if (norm := last_norm(result)) is None:
+            raise ModelError("the scale of the logits follows the hidden size, and no last norm can make up for it")
+        offset = _norm_offset(result.get_submodule(norm))
+        for leaf, at_rest in (("weight", offset), ("bias", 0.0)):
+            if (name := f"{norm}.{leaf}") in state:
+                out[name] = ((state[name].double() + at_rest) * outward - at_rest).to(state[name].dtype)
     return out
-
-
-def _module_of(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _norm_offset(norm: nn.Module) -> float:
@@ -259,7 +298,7 @@ def assemble(
     """A model from cut tensors. Raises ModelError where its classes, built from the new config, want other shapes."""
     target, per_layer = target_config(layout, config, plan)
     result = modeling.skeleton(target, per_layer, dtype=next(iter(state.values())).dtype)
-    state = keep_scale(result, layout, embedding_scale(modeling.skeleton(config)), dict(state))
+    state = keep_scale(result, layout, config, dict(state))
     fill(result, state, frozen=False)
     modeling.fill_buffers(result, result, next(iter(state.values())).device)
     if generation_config is not None and result.can_generate():
