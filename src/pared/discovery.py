@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -20,9 +20,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pared import modeling
-from pared.axes import Fixed, Name, Signature, count, names, parse, size
+from pared.axes import Fixed, Name, Signature, names, parse, size
 from pared.errors import ModelError
-from pared.miniature import Miniature, axis_of_key, find_miniature, kind_keys, kinds_of
+from pared.miniature import Miniature, find_miniature, kind_keys, kinds_of
+from pared.movement import Sample, expressions, readings, samples, size_keys, size_of
 from pared.per_layer import HEADS as KEPT_HEADS
 from pared.per_layer import NUMBERS, PerLayer, layer_config, used_config
 from pared.scales import follow_hidden
@@ -32,24 +33,13 @@ from pared.structure import (
     HEADS,
     HIDDEN,
     KV_HEADS,
-    VOCAB,
     Layout,
     expert_runs,
-    layer_keys,
-    layer_runs,
     least_experts,
     raw_key,
     size_key,
     sizes_of,
 )
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One small config: its axis sizes and the shapes that they gave."""
-
-    sizes: dict[str, int]
-    shapes: dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -141,6 +131,7 @@ def assemble(config: PreTrainedConfig, per_layer: PerLayer, found: Discovered, m
             here -= {"kv", "query"}
         layer_sizes.append({a: n for a, n in {**said, **_implied(own, shapes)}.items() if a in here})
     hidden = raw_key(config, HIDDEN)
+    sharing = getattr(config, "kv_sharing_modes", None) or []  # layers whose keys and values later ones read
     numbered = next((own[NUMBERS] for own in per_layer.values() if NUMBERS in own), None)
     layout = Layout(
         model_type=config.model_type,
@@ -159,6 +150,7 @@ def assemble(config: PreTrainedConfig, per_layer: PerLayer, found: Discovered, m
         follows=_followers(config, found.keys),
         runs={"expert": expert_runs(config)} if expert_runs(config) > 1 else {},
         least={"expert": least_experts(config)} if "expert" in found.keys else {},
+        fixed_layers=frozenset(i for i, mode in enumerate(sharing) if mode == "store"),
         block_hidden=max((own[hidden] for own in per_layer.values() if hidden in own), default=None)
         if "d" in found.keys
         else None,
@@ -237,23 +229,15 @@ def _input_dims(model: nn.Module) -> dict[str, int]:
     return out
 
 
-def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]] | None:
-    """Tensor shapes under a config, None where the class does not accept it."""
-    try:
-        return {k: tuple(v.shape) for k, v in modeling.skeleton(config).state_dict().items()}
-    except ModelError:
-        return None
-
-
 def _probe(small: Miniature) -> Discovered:
     """Perturb every size of the config and explain what moves."""
     base = small.make()
-    keys = _size_keys(small, base)
+    keys = size_keys(small, base)
     # Sizes that a config leaves open get one of their own here, or they could not be told from what they follow.
     left_open = {k: 80 for k in keys.values() if getattr(base, k, None) is None and k not in (HEAD_DIM, KV_HEADS)}
     base = small.make(**left_open) if left_open else base
     best = min(
-        (_explain(base, read, _samples(small, base, left_open, read)) for read in _readings(small.config, base, keys)),
+        (_explain(base, read, samples(small, base, left_open, read)) for read in readings(small.config, base, keys)),
         key=lambda found: len(found.unexplained),
     )
     used = {a for texts in best.candidates.values() for a in parse(texts[0]).axes}
@@ -267,19 +251,6 @@ def _probe(small: Miniature) -> Discovered:
         head_arguments=arguments,
         scales_follow_hidden=follow_hidden(small),
     )
-
-
-def _readings(config: PreTrainedConfig, base: PreTrainedConfig, keys: dict[str, str]) -> Iterator[dict[str, str]]:
-    """The ways in which the heads of a model may be counted; the first that explains every tensor is taken."""
-    yield keys
-    for axis, key in keys.items():
-        if axis.endswith("ffn"):
-            yield {**keys, axis: f"{key} / 2"}  # two halves of the width that the config says
-    if "d" in keys and not config.to_dict().get(HEAD_DIM):
-        # Parts of the class follow a head size that the config does not name, others the hidden size.
-        yield {a: k for a, k in keys.items() if a != "d"}
-    if "kv" not in keys and "d" not in keys and getattr(base, HEADS, None):
-        yield {**keys, "query": HEADS}  # one KV head for all query heads, though no key counts it
 
 
 def _narrowed(found: Discovered, tied: Tied) -> dict[str, list[str]]:
@@ -310,36 +281,24 @@ def _left(found: Discovered, tied: Tied) -> dict[str, str]:
     return {n: why for n, why in found.unexplained.items() if not any(name == n for name, _ in tied)}
 
 
-def _samples(small: Miniature, base: PreTrainedConfig, left_open: dict[str, int], keys: dict[str, str]) -> list[Sample]:
-    shapes = _shapes(base) or {}
-    samples = [Sample(sizes_of(base, keys), shapes)]
-    for changes in _perturbations(base, keys):
-        try:
-            changed = small.make(**{**left_open, **changes})
-        except modeling.REJECTED:
-            continue
-        moved = _shapes(changed)
-        if moved is not None and moved.keys() == shapes.keys():
-            samples.append(Sample(sizes_of(changed, keys), moved))
-    return samples
-
-
-def _explain(base: PreTrainedConfig, keys: dict[str, str], samples: list[Sample]) -> Discovered:
-    expressions = _expressions(keys)
+def _explain(base: PreTrainedConfig, keys: dict[str, str], seen: list[Sample]) -> Discovered:
+    model = modeling.skeleton(base)
+    start = modeling.blocks(model)[0] + "."
+    inside = [(t, e) for t, e in expressions(keys) if "layer" not in e.axes]
     candidates: dict[str, list[str]] = {}
     unexplained: dict[str, str] = {}
-    for name, shape in samples[0].shapes.items():
+    for name, shape in seen[0].shapes.items():
         dims: list[list[str]] = []
+        tried = inside if name.startswith(start) else expressions(keys)
         for dim in range(len(shape)):
-            values = [s.shapes[name][dim] for s in samples]
-            fits = [t for t, e in expressions if [_size_of(e, s.sizes) for s in samples] == values]
+            values = [s.shapes[name][dim] for s in seen]
+            fits = [t for t, e in tried if [size_of(e, s.sizes) for s in seen] == values]
             if not fits and len(set(values)) > 1:
                 unexplained[name] = f"dimension {dim} of {name} moves with the config as no known layout does"
             dims.append(fits or ["_"])
         candidates[name] = [" ".join(c) for c in itertools.product(*dims)]
     keys, candidates = _apart_from_experts(keys, candidates)
-    kinds = kinds_of(modeling.skeleton(base), kind_keys(base))
-    return Discovered(base, keys, candidates, unexplained, tuple(kinds))
+    return Discovered(base, keys, candidates, unexplained, tuple(kinds_of(model, kind_keys(base))))
 
 
 def _apart_from_experts(keys: dict[str, str], candidates: dict[str, list[str]]) -> tuple[dict[str, str], dict[str, list[str]]]:
@@ -358,75 +317,3 @@ def _apart_from_experts(keys: dict[str, str], candidates: dict[str, list[str]]) 
                 keys[new] = key
                 candidates = {n: [re.sub(pattern, new, t) for t in o] if n in apart else o for n, o in candidates.items()}
     return keys, candidates
-
-
-def _size_of(signature: Signature, sizes: Mapping[str, int]) -> int | None:
-    return count(signature, sizes, (1,)) if signature.axes <= sizes.keys() else None
-
-
-def _size_keys(small: Miniature, base: PreTrainedConfig) -> dict[str, str]:
-    """axis -> config key, for every key whose change moves some tensor dimension."""
-    known = {raw_key(base, k) for k in (HIDDEN, HEADS, KV_HEADS, VOCAB)} | {*layer_keys(base), *layer_runs(base)}
-    keys: dict[str, str] = {"hidden": HIDDEN, "vocab": VOCAB}
-    shapes, data = _shapes(base), base.to_dict()
-    for key in [*data, HEAD_DIM]:
-        value = data.get(key)
-        if key in known or isinstance(value, bool) or not (value is None or isinstance(value, int)):
-            continue
-        if value is None and not any(w in key for w in ("inner", "ffn", "intermediate", HEAD_DIM)):
-            continue
-        step = 8 if key == HEAD_DIM or "dim" in key or "size" in key or value is None else 2
-        if _moves(small, {key: (value or 48) + step}, shapes):
-            keys["d" if key == HEAD_DIM else axis_of_key(key)] = key
-    kv = getattr(base, KV_HEADS, None)
-    if kv and "kv" not in keys and _moves(small, {raw_key(base, KV_HEADS): 2 * kv if kv == 1 else kv // 2}, shapes):
-        keys["kv"] = KV_HEADS
-    return keys
-
-
-def _moves(small: Miniature, changes: dict[str, int | None], shapes: dict[str, tuple[int, ...]] | None) -> bool:
-    """Whether other config entries give the same tensors other shapes."""
-    try:
-        moved = _shapes(small.make(**changes))
-    except modeling.REJECTED:
-        return False
-    return moved is not None and shapes is not None and moved.keys() == shapes.keys() and moved != shapes
-
-
-def _perturbations(base: PreTrainedConfig, keys: Mapping[str, str]) -> Iterator[dict[str, int]]:
-    heads, kv = raw_key(base, HEADS), raw_key(base, KV_HEADS)
-    now = sizes_of(base, keys)
-    yield {raw_key(base, HIDDEN): 2 * now["hidden"]}
-    yield {raw_key(base, VOCAB): now["vocab"] + 16}
-    if "kv" in keys:
-        yield {heads: now["query"] * now["kv"] // 2, kv: max(1, now["kv"] // 2)}
-        yield {heads: now["kv"] * 3, kv: now["kv"]}
-        yield {heads: now["kv"] * 4, kv: now["kv"] * 2}
-        yield {heads: now["kv"] * now["query"] * 2, kv: now["kv"] * 2}
-    else:
-        yield {heads: 2 * now["kv"] * now["query"]}
-    for axis, key in keys.items():
-        if axis not in ("hidden", "vocab", "kv") and key != HEADS:
-            step = 8 if key == HEAD_DIM else (24 if now.get(axis, 0) >= 16 else 2)
-            key, factor = size_key(base, key)
-            yield {key: int((now.get(axis, 48) + step) / (factor or 1))}
-
-
-def _expressions(keys: Mapping[str, str]) -> list[tuple[str, Signature]]:
-    """Everything that a dimension is tried as, the likelier first; those of equal size are told apart later on."""
-    widths = [a for a in keys if a not in ("hidden", "vocab", "kv", "query", "d")]
-    heads = [
-        "(kv query d)",
-        "(kv d)",
-        "[kv query d | kv d | kv d]",
-        "(kv [query d | d | d])",
-        "[kv d | kv d]",
-        "(kv 2 d)",
-        "(kv query 2 d)",
-    ]
-    texts = ["hidden", "vocab", *widths, *heads, "(kv query)", "kv", "[vocab | 1]", "[hidden | hidden | hidden]"]
-    for w in widths:
-        texts += [f"[{w} | {w}]", f"({w} 2)", f"(layer {w})"]
-        # So many experts that every token visits are one wide MLP.
-        texts += [f"({c} {w})" for c in widths if "shared" in keys[c] and w.endswith("ffn") and not c.endswith("ffn")]
-    return [(t, parse(t)) for t in [*texts, "d"]]

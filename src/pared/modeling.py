@@ -76,7 +76,7 @@ def make_config(data: Mapping[str, Any]) -> tuple[PreTrainedConfig, PerLayer]:
                 fix="ask whoever made this checkpoint how to load it",
             )
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(data)
+        config = CONFIG_MAPPING[model_type].from_dict(_with_floats(data))
         if getattr(config, "is_heterogeneous", False):
             config.allow_global_per_layer_attribute_access = True
         return config, per_layer
@@ -92,6 +92,15 @@ def undeclared_head_size(config: PreTrainedConfig) -> int | None:
     size, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", 0)
     declared = any("head_dim" in vars(kind).get("__annotations__", {}) for kind in type(config).__mro__)
     return None if declared or not size or not heads or size * heads == config.hidden_size else int(size)
+
+
+def _with_floats(data: Any) -> Any:
+    """JSON has no infinity: transformers writes it as {"__float__": "Infinity"}."""
+    if isinstance(data, dict):
+        if data.keys() == {"__float__"}:
+            return float(data["__float__"])
+        return {k: _with_floats(v) for k, v in data.items()}
+    return [_with_floats(v) for v in data] if isinstance(data, list) else data
 
 
 def skeleton(config: PreTrainedConfig, per_layer: PerLayer | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -130,7 +129,7 @@ def make_block(like: nn.Module, config: PreTrainedConfig, index: int, entries: M
         made, config = numbered["numbers"][index], _numbered(config, numbered["numbers"], numbered["of"])
     shapes, hidden = entries.get(SHAPES, {}), config.attribute_map.get("hidden_size", "hidden_size")
     block = _made(like, layer_config(config, entries), made)
-    if entries.get(hidden, math.inf) < getattr(config, hidden):
+    if entries.get(hidden, getattr(config, hidden)) < getattr(config, hidden):
         _take_fitting_parts(
             block, {**_shapes(block), **shapes}, like, layer_config(config, {**entries, hidden: getattr(config, hidden)}), made
         )

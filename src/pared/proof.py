@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pared import modeling
 from pared.accounting import account
-from pared.axes import Nested, indices
+from pared.axes import Name, Nested, indices
 from pared.discovery import Discovered, assemble, discover
 from pared.errors import ModelError, ParedError
 from pared.miniature import check_logits, probe_ids, random_model
@@ -25,7 +27,7 @@ from pared.plan import LayerPlan, Plan, layer_plan, to_ranges
 from pared.routing import restricted
 from pared.structure import Layout, Proof, with_signatures
 from pared.sublayers import prove_sublayers, with_sublayers
-from pared.surgery import cut_model, fill, mask_
+from pared.surgery import ConfigRefuses, cut_model, fill, mask_
 
 TOLERANCE = 1e-5
 
@@ -43,8 +45,12 @@ def _proved(model_type: str, config_text: str, per_layer_text: str) -> Layout:
     layout, found = discover(config, per_layer)
     chosen, proofs = prove(found)
     fixed = layout.before_another_kind() if proofs["layer"].tail else frozenset()
-    layout = replace(with_signatures(layout, chosen), proofs=proofs, fixed_layers=fixed)
     model = random_model(found.config)
+    if len(fixed) > layout.num_layers // 2:  # kinds take turns: all may go in the per-layer form
+        base = with_signatures(assemble(found.config, {}, found, model), chosen)
+        if (form := _tried(model, base, "layer", found, stock=False)).holds:
+            proofs["layer"], fixed = form, frozenset()
+    layout = replace(with_signatures(layout, chosen), proofs=proofs, fixed_layers=layout.fixed_layers | fixed)
     parts, whole = prove_sublayers(model, with_signatures(assemble(found.config, {}, found, model), chosen))
     return with_sublayers(replace(layout, proofs=proofs | whole), parts, per_layer)
 
@@ -72,9 +78,40 @@ def prove(found: Discovered) -> tuple[dict[tuple[str, str], str], dict[str, Proo
         if not best.holds and len(attempts) > 1:
             best = replace(best, reason=f"{best.reason}; {len(attempts)} layouts tried")
         proofs[axis] = best
-    if "ffn" in proofs and not proofs["ffn"].holds and "ffn" not in found.keys:
-        del proofs["ffn"]  # something that looked like one
+    if not attends(model):  # heads of a recurrence are none that pared knows how to remove
+        proofs = {a: p for a, p in proofs.items() if p.holds or a not in ("kv", "query")}
+    if _writers(base) < 2 and "ffn" in proofs and not proofs["ffn"].holds and "ffn" not in found.keys:
+        del proofs["ffn"]  # something that looked like one, in blocks that have nothing beside a mixer
+    if _writers(base) > 1 and not any(a.endswith("ffn") for a in proofs):
+        proofs["ffn"] = Proof("ffn", False, None, "no dimension was found that is the channels of its MLPs alone")
     return chosen, proofs
+
+
+def attends(model: PreTrainedModel) -> bool:
+    """Whether a model has softmax attention: it calls torch's, or a softmax over [batch, heads, queries, keys]."""
+    seen: list[bool] = []
+
+    class Look(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+            soft = func in (F.softmax, torch.softmax, Tensor.softmax) and args[0].ndim > 3
+            seen.append(soft or func is F.scaled_dot_product_attention)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Look():
+        model(input_ids=probe_ids(), use_cache=False)
+    return any(seen)
+
+
+def _writers(layout: Layout) -> int:
+    """How many matrices of a block, or stacks of them, write into the residual stream: one where there is only a mixer."""
+
+    def writes(name: str) -> bool:
+        dim = layout.consumers.get(name)
+        return (
+            dim is not None and Name("hidden") in layout.tensors[name].dims and layout.tensors[name].dims[dim] != Name("hidden")
+        )
+
+    return max(sum(writes(n) for n in layout.block_tensors(i)) for i in range(layout.num_layers))
 
 
 def prunable_axes(layout: Layout) -> list[str]:
@@ -91,8 +128,12 @@ def _attempt(model: PreTrainedModel, layout: Layout, axis: str, found: Discovere
     if first.holds or axis == "vocab":
         return first
     if axis == "layer":
-        fixed = layout.before_another_kind()
-        second = _tried(model, replace(layout, fixed_layers=fixed), axis, found, stock=True) if fixed else first
+        fixed = layout.fixed_layers | layout.before_another_kind()
+        second = (
+            _tried(model, replace(layout, fixed_layers=fixed), axis, found, stock=True)
+            if fixed > layout.fixed_layers
+            else first
+        )
         if second.holds:
             return replace(second, tail=True)
         third = _tried(model, layout, axis, found, stock=False)
@@ -108,20 +149,9 @@ def _tried(model: PreTrainedModel, layout: Layout, axis: str, found: Discovered,
             # In the per-layer form a block is made with the sizes that it had, whatever they follow from.
             if stock or layout.layer_of(name) is None:
                 return Proof(axis, False, None, why, stock)
+    layout = replace(layout, proofs={axis: Proof(axis, True, stock=stock)})
     try:
-        layout = replace(layout, proofs={axis: Proof(axis, True, stock=stock)})
-        for going in _able_to_go(layout) if axis == "layer" else [None]:
-            plan = trial_plan(layout, axis, going)
-            if not stock:
-                plan = plan.model_copy(update={"shape": "per-layer"})
-            try:
-                cut = cut_model(model, layout, plan)
-                break
-            except ModelError as error:  # the config can not do without this layer (its only one with attention)
-                refused = error
-        else:
-            raise refused
-        difference = compare(model, cut, layout, plan, axis)
+        difference = max(_differences(model, layout, axis, stock=stock))
     except ParedError as error:
         return Proof(axis, False, None, error.what, stock)
     except (*modeling.REJECTED, RuntimeError, IndexError, AssertionError) as error:
@@ -129,6 +159,25 @@ def _tried(model: PreTrainedModel, layout: Layout, axis: str, found: Discovered,
     if difference <= TOLERANCE:
         return Proof(axis, True, difference, "", stock)
     return Proof(axis, False, difference, f"cutting and masking differ by {difference:.1e}", stock)
+
+
+def _differences(model: PreTrainedModel, layout: Layout, axis: str, *, stock: bool) -> list[float]:
+    """What cutting and masking differ by in each trial: of layers, with one of every kind removed."""
+    found: list[float] = []
+    refused: ModelError | None = None
+    for going in _one_of_each(layout) if axis == "layer" else [None]:
+        plan = trial_plan(layout, axis, going)
+        if not stock:
+            plan = plan.model_copy(update={"shape": "per-layer"})
+        try:
+            cut = cut_model(model, layout, plan)
+        except ConfigRefuses as error:  # it can not do without this layer, its only one with attention
+            refused = error
+            continue
+        found.append(compare(model, cut, layout, plan, axis))
+    if refused is not None and not found:
+        raise refused
+    return found
 
 
 def trial_plan(layout: Layout, axis: str, going: int | None = None) -> Plan:
@@ -153,7 +202,7 @@ def trial_plan(layout: Layout, axis: str, going: int | None = None) -> Plan:
     if axis == "vocab":
         vocab = to_ranges(some(layout.sizes["vocab"], layout.sizes["vocab"] * 3 // 4).tolist())
     elif axis == "layer":
-        going = _able_to_go(layout)[0] if going is None else going
+        going = _one_of_each(layout)[0] if going is None else going
         layers = [layer for layer in layers if layer.source != going]
     elif axis == "hidden":
         hidden = to_ranges(some(layout.sizes["hidden"], layout.sizes["hidden"] * 3 // 4).tolist())
@@ -178,11 +227,15 @@ def trial_plan(layout: Layout, axis: str, going: int | None = None) -> Plan:
     return Plan(model_type=layout.model_type, before=nothing, after=nothing, hidden=hidden, vocab=vocab, layers=layers)
 
 
-def _able_to_go(layout: Layout) -> list[int]:
-    """Layers that can go, the first from the middle on, of a kind that stays where there is one."""
-    kinds = [tuple(layout.local(n) for n in layout.block_tensors(i)) for i in range(layout.num_layers)]
+def _one_of_each(layout: Layout) -> list[int]:
+    """Layers that can go: of each kind the first from the middle on, and the first and the last of all."""
     able = [i for i in range(layout.num_layers) if i not in layout.fixed_layers]
-    return sorted(able, key=lambda i: (kinds.count(kinds[i]) == 1, i < layout.num_layers // 2, i))
+    kinds: dict[tuple[str, ...], int] = {}
+    for i in sorted(able, key=lambda i: (i < layout.num_layers // 2, i)):
+        kinds.setdefault(tuple(layout.local(n) for n in layout.block_tensors(i)), i)
+    if not able:
+        raise ModelError("no layer can go: others read from each of them")
+    return list(dict.fromkeys([*kinds.values(), able[-1], able[0]]))
 
 
 def compare(dense: PreTrainedModel, cut: PreTrainedModel, layout: Layout, plan: Plan, axis: str) -> float:

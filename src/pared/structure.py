@@ -59,7 +59,7 @@ class Layout:
     parents: nested axis -> its parent. tied: a tensor's name -> the name of the tensor that it shares.
     head_arguments: arguments of a block with an entry for each head -> the dimension that they stand in.
     kept_heads: layers that have lost heads of these already -> those that are left, by their first index.
-    fixed_layers: layers that can not go, because the model's class tells the kinds of its layers by their number.
+    fixed_layers: layers that can not go: others read their keys and values, or the kinds of layers follow from their number.
     sublayers: kind ("attention", "mlp") -> the parts of a block that it is made of, as `per_layer_skipped` says them; a
     layer that has it has one unit of an axis of that name.
     follows: axis -> (the axis whose size it must have, times a factor), where one config key says both.
@@ -153,7 +153,7 @@ def sizes_of(config: PreTrainedConfig, keys: Mapping[str, str]) -> dict[str, int
     heads = _value(config, HEADS) or 1
     # Where "query" has a key of its own, one KV head serves all of them.
     kv = 1 if keys.get("query") == HEADS else _value(config, KV_HEADS) or heads
-    sizes = {"hidden": _value(config, HIDDEN), "vocab": _value(config, VOCAB), "kv": kv, "query": heads // kv}
+    sizes = {"hidden": _value(config, HIDDEN), "vocab": _value(config, VOCAB), "kv": kv, "query": max(1, heads // kv)}
     sizes["layer"] = layer_total(config)
     sizes["d"] = (_value(config, HEAD_DIM) if keys.get("d") == HEAD_DIM else None) or sizes["hidden"] // heads
     for axis, key in keys.items():

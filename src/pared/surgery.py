@@ -29,10 +29,15 @@ from pared.structure import (
     config_entries,
     raw_key,
     resize,
+    size_key,
     sizes_of,
     with_layers,
 )
 from pared.vocabulary import remap_ids
+
+
+class ConfigRefuses(ModelError):
+    """The validators of a config class do not accept the sizes."""
 
 
 def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple[PreTrainedConfig, PerLayer]:
@@ -123,7 +128,7 @@ def _skip_entry(layout: Layout, config: PreTrainedConfig, sizes: Mapping[str, in
     """
     gone = [kind for kind in layout.sublayers if sizes.get(kind) == 0]
     axes = {"attention": ["kv", "query"], "mlp": [a for a in layout.keys if a.endswith("ffn") and a in sizes]}
-    said = [layout.keys.get(a, HEADS if a == "query" else "").partition(" * ")[0] for kind in gone for a in axes[kind]]
+    said = [size_key(config, layout.keys.get(a, HEADS if a == "query" else ""))[0] for kind in gone for a in axes[kind]]
     zero = {raw_key(config, key): 0 for key in said if key}
     return {SKIP: gone, SKIPPED: {kind: layout.sublayers[kind] for kind in gone}, **zero} if gone else {}
 
@@ -196,7 +201,7 @@ def _build(config: PreTrainedConfig, data: dict[str, Any]) -> PreTrainedConfig:
     except modeling.REJECTED as error:
         stand_in = STAND_INS.get(config.model_type)
         if stand_in is None or any(getattr(config, flag, False) for flag in stand_in.unless):
-            raise ModelError(
+            raise ConfigRefuses(
                 f"a {config.model_type} config can not say these sizes: {error}",
                 fix="choose another amount, or --shape per-layer",
             ) from error

@@ -334,8 +334,10 @@ _CENSUS = ("kv", "query", "ffn", "expert", "expert_ffn", "shared_ffn", "hidden",
 
 
 def census_shares(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, int]]:
-    """(what, share proved, of how many): FFN of any kind and layers over all types in scope, heads where there are any."""
+    """(what, share proved, of how many): layers and hidden over all types in scope, FFN of any kind and heads where there are any."""
     inside = [f["axes"] for f in found if not f["outside"]]
+    widths = ("ffn", "expert_ffn", "shared_ffn", "expert")
+    wide = [f["axes"] for f in found if not f["outside"] and (f["failed"] or any(a.endswith("ffn") for a in f["axes"]))]
     good = ("proved", "per-layer form")
 
     def share(what: str, names: tuple[str, ...], among: list[Mapping[str, str]]) -> tuple[str, float, int]:
@@ -343,7 +345,7 @@ def census_shares(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, 
         return what, sum(have) / max(1, len(have)), len(have)
 
     return [
-        share("FFN", ("ffn", "expert_ffn", "shared_ffn", "expert"), inside),
+        share("FFN", widths, wide),
         share("layers", ("layer",), inside),
         share("heads", ("kv", "query"), [a for a in inside if {"kv", "query"} & a.keys()]),
         share("hidden", ("hidden",), inside),
