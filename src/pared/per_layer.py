@@ -346,10 +346,11 @@ class PerLayerConfigMixin:
 def attach(config: PreTrainedConfig, per_layer: PerLayer) -> None:
     """Make a config carry the per-layer entries."""
     config.allow_global_per_layer_attribute_access = True
-    for key, value in join(per_layer).items():
-        setattr(config, key, value)
+    # First of all: transformers leaves out entries of a layer that say what the whole model's say.
     for key, (_, used) in _unchecked(per_layer).items():
         setattr(config, key, used)
+    for key, value in join(per_layer).items():
+        setattr(config, key, value)
 
 
 class PerLayerModelMixin:
