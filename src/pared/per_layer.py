@@ -335,6 +335,16 @@ class PerLayerConfigMixin:
         attach(loaded[0] if isinstance(loaded, tuple) else loaded, per_layer)
         return loaded
 
+    def validate(self) -> None:
+        unchecked = getattr(self, UNCHECKED, None) or {}
+        for key, (accepted, _) in unchecked.items():
+            setattr(self, key, accepted)
+        try:
+            super().validate()  # type: ignore[misc]
+        finally:
+            for key, (_, used) in unchecked.items():
+                setattr(self, key, used)
+
     def to_dict(self) -> dict[str, Any]:
         data = super().to_dict()  # type: ignore[misc]
         # Permission to read global values is for the live object: in config.json it would let a stock transformers
