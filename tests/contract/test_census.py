@@ -20,6 +20,8 @@ SLOW = {
     "inkling2_loop_text",
     "zamba",
     "zamba2",
+    "qwen4_exp_text",
+    "inkling2_text",
     "deepseek_v32",
     "dots3_note_text",
 }
@@ -67,4 +69,4 @@ def test_the_shares_of_all_types_are_those_that_are_aimed_at() -> None:
 
 
 # Shares of the types in scope, rounded down.
-FLOOR = {"FFN": 0.86, "layers": 0.85, "heads": 0.87, "hidden": 0.74}
+FLOOR = {"FFN": 0.95, "layers": 0.96, "heads": 0.91, "hidden": 0.89}
