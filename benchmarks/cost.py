@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from memory import measured
 
 HIDDEN, FFN, HEADS, VOCABULARY, WINDOWS, LENGTH, BATCH = 1024, 2816, 16, 32000, 32, 512, 8
 MODES = {
@@ -96,21 +95,9 @@ def main() -> None:
     if args.worker:
         print(json.dumps(work(*args.worker)))
         return
-    rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), args.layers)
-        for mode in list(MODES) * args.repeat:  # in turn, so that a busy minute does not hit one row alone
-            done = subprocess.run(
-                [sys.executable, __file__, "--worker", mode, folder],
-                check=True,
-                capture_output=True,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            now = json.loads(done.stdout.splitlines()[-1])
-            print(mode, now, file=sys.stderr, flush=True)
-            before = rows.setdefault(mode, now)
-            rows[mode] = {"cpu": min(before["cpu"], now["cpu"]), "peak": max(before["peak"], now["peak"])}
+        rows = measured(__file__, list(MODES), folder, args.repeat)
     parts = held()
     least, plain, blocks = sum(parts.values()), rows["forward"]["cpu"], rows["blocks"]["cpu"]
     lines = [

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 MODES = {
@@ -78,6 +79,24 @@ def make_model(path: Path) -> int:
     return sum(f.stat().st_size for f in path.glob("*.safetensors"))
 
 
+def measured(program: str, modes: Sequence[str], folder: str, repeat: int) -> dict[str, dict[str, float]]:
+    """Each mode of a program's --worker in processes of their own, one thread each: the least CPU time, the highest peak."""
+    rows: dict[str, dict[str, float]] = {}
+    for mode in [*modes] * repeat:  # in turn, so that a busy minute does not hit one row alone
+        done = subprocess.run(
+            [sys.executable, program, "--worker", mode, folder],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        now = json.loads(done.stdout.splitlines()[-1])
+        print(mode, now, file=sys.stderr, flush=True)
+        before = rows.setdefault(mode, now)
+        rows[mode] = {"cpu": min(before["cpu"], now["cpu"]), "peak": max(before["peak"], now["peak"])}
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "memory.md")
@@ -90,19 +109,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         size = make_model(Path(folder))
-        rows = {}
-        for mode in args.modes.split(",") * args.repeat:  # in turn, so that a busy minute does not hit one row alone
-            done = subprocess.run(
-                [sys.executable, __file__, "--worker", mode, folder],
-                check=True,
-                capture_output=True,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            now = json.loads(done.stdout.splitlines()[-1])
-            print(mode, now, file=sys.stderr, flush=True)
-            before = rows.setdefault(mode, now)
-            rows[mode] = {"cpu": min(before["cpu"], now["cpu"]), "peak": max(before["peak"], now["peak"])}
+        rows = measured(__file__, args.modes.split(","), folder, args.repeat)
     base = rows["imports"]["peak"]
     plain = rows.get("resident", {}).get("cpu")
     lines = [

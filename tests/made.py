@@ -67,3 +67,11 @@ def same_weights(one: Path, other: Path) -> bool:
 def environment() -> dict[str, str]:
     src = Path(__file__).parents[1] / "src"
     return {**os.environ, "PYTHONPATH": str(src), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def models_in(root: Path) -> Path:
+    """A dense model, a pruned one and a per-layer one, in a directory."""
+    checkpoint(root / "dense")
+    pruned(root / "dense", root / "pruned")
+    pruned(root / "dense", root / "per-layer", shape="per-layer", allocate="global")
+    return root

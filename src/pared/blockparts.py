@@ -46,7 +46,7 @@ def observe(
             given = seen.outputs.setdefault(name, stream.pool.store())
             given.append(output.reshape(*now[0].shape[:2], -1))
 
-        handles.append(_owner(block, name).register_forward_hook(gave))
+        handles.append(owner(block, name).register_forward_hook(gave))
     for name in producers:
 
         def reads(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
@@ -61,7 +61,7 @@ def observe(
             else:
                 seen.groups.append((len(seen.order), [name]))
 
-        handles.append(_owner(block, name).register_forward_pre_hook(reads))
+        handles.append(owner(block, name).register_forward_pre_hook(reads))
     try:
         for h in x:
             now[:] = [h]
@@ -143,5 +143,6 @@ def bias_of(name: str) -> str:
     return name.rpartition(".")[0] + ".bias"
 
 
-def _owner(block: nn.Module, name: str) -> nn.Module:
+def owner(block: nn.Module, name: str) -> nn.Module:
+    """The module that holds a tensor, by its local name."""
     return block.get_submodule(name.rpartition(".")[0])

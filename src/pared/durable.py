@@ -9,27 +9,45 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from pared.errors import ResourceError, UsageError
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "pared-manifest/1"
+# The errors of a disk without room.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What tells a directory that a dead run left behind from one that is somebody's own.
 OURS = ".pared-"
 
 
-def sync(stream: BinaryIO) -> None:
+def sync(stream: IO[bytes]) -> None:
+    """Force what was written to the disk."""
     stream.flush()
     os.fsync(stream.fileno())
 
 
 def sync_folder(path: Path) -> None:
+    """Force the names in a directory to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a file in the place of the one of that name, durably: all of it or none."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content.encode())
+            sync(stream)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
 
 
 def locked(path: Path) -> int:
@@ -59,7 +77,7 @@ def ours(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Delete a directory; what `_ours` knows it by last, so that a half-deleted one is still known."""
+    """Delete a directory; what `ours` knows it by last, so that a half-deleted one is still known."""
     if path.is_symlink():
         path.unlink()
         return
@@ -81,7 +99,7 @@ def disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL:
             raise ResourceError(
                 f"the disk is full: {error.strerror}", where=path, fix="free some space, or choose an -o on another disk"
             ) from error

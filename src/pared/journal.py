@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pared.durable import sync, sync_folder, write_whole
 from pared.errors import Interrupted, UsageError
 from pared.spill import Pool, States
 from pared.tensorfile import DTYPE_NAMES, TensorInfo, make_header, read_header, read_tensor
@@ -115,13 +116,7 @@ class Journal:
 
     def write(self, name: str, record: Any) -> None:
         """Put a record in the place of the one of that name, durably: all of it or none."""
-        path = self.folder / f"{name}.json"
-        with path.with_suffix(".tmp").open("wb") as stream:
-            stream.write(json.dumps(record).encode())
-            stream.flush()
-            os.fsync(stream.fileno())
-        path.with_suffix(".tmp").replace(path)
-        self._sync()
+        write_whole(self.folder / f"{name}.json", json.dumps(record))
 
     def write_tensors(self, name: str, tensors: Mapping[str, Sequence[Tensor]]) -> None:
         """Lists of tensors by name, durably, one tensor in memory at a time."""
@@ -136,9 +131,8 @@ class Journal:
             for values in tensors.values():
                 for t in values:
                     stream.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        self._sync()
+            sync(stream)
+        sync_folder(self.folder)
 
     def read_tensors(self, name: str, pool: Pool | None = None) -> dict[str, States]:
         """What `write_tensors` wrote, by name, in a pool."""
@@ -172,13 +166,6 @@ class Journal:
         """How far a stage had come: what was given to its last durable checkpoint. None where it has not begun."""
         found = self.read(stage)
         return None if found is None else (found["at"], found["record"], self.read_tensors(found["tensors"], pool))
-
-    def _sync(self) -> None:
-        handle = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def shapes_of(values: Sequence[Tensor]) -> Iterable[Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -47,8 +46,11 @@ from pared.per_layer import (
     used_config,
 )
 from pared.per_layer import blocks as find_blocks
+from pared.process import return_freed_memory
 
 models.register()
+# What a model can be computed in, by the names that users give.
+COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Buffers that older releases of transformers saved; their content follows from the config.
@@ -282,34 +284,6 @@ class Weights:
             elif buffer is not None:
                 module._buffers[leaf] = torch.empty_like(buffer, device="meta")
         return_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Have the allocator keep and reuse what is freed, until `return_freed_memory`: fetching it anew costs a fifth of the time.
-
-    Only glibc's allocator is asked; by default it learns its thresholds from what it sees.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most that it takes
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-
-
-def keep_no_freed_memory() -> None:
-    """Have large pieces of freed memory go back to the system at once: slower, and what a bound on memory counts on."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 1 << 20)  # M_TRIM_THRESHOLD
-
-
-def return_freed_memory() -> None:
-    """Give freed memory back to the system.
-
-    Without it a process that loads and frees one layer after another grows by a third of the weights.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def to_disk(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

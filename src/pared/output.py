@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pared import modeling
 from pared.checkpoint import place_of
@@ -14,6 +15,7 @@ from pared.compensate import Reached, Refitted
 from pared.errors import UsageError
 from pared.journal import Journal, reached
 from pared.models import NATIVE
+from pared.per_layer import PerLayer
 from pared.plan import LayerPlan, Plan
 from pared.recipe import Recipe
 from pared.remote_code import FILE, auto_map, modelling_file
@@ -78,6 +80,16 @@ class Written:
             self._writer.forget_spools()
 
 
+def add_config(writer: CheckpointWriter, config: PreTrainedConfig, per_layer: PerLayer, model: PreTrainedModel) -> None:
+    """Write config.json, and beside it the code that the checkpoint needs where transformers has none. model: one of its class."""
+    kinds = type(config), type(model)
+    writer.add_file("config.json", modeling.config_json(config, per_layer, auto_map(*kinds)))
+    if per_layer:
+        writer.add_file(FILE, modelling_file(*kinds))
+    if config.model_type in NATIVE:
+        writer.add_file(NATIVE[config.model_type].file, NATIVE[config.model_type].code())
+
+
 def write_pruned(
     source: Source,
     plan: Plan,
@@ -129,11 +141,7 @@ def write_pruned(
         changed = done.tensors if done is not None else {}
         write(layout.block_tensors(layer.source), lambda read, i=i, p=plan, c=changed: cut_block(layout, p, i, read, c))  # type: ignore[misc]
         steps.done(i + 1, len(plan.layers), done)
-    writer.add_file("config.json", modeling.config_json(target, per_layer, auto_map(type(target), type(result))))
-    if per_layer:
-        writer.add_file(FILE, modelling_file(type(target), type(result)))
-    if target.model_type in NATIVE:
-        writer.add_file(NATIVE[target.model_type].file, NATIVE[target.model_type].code())
+    add_config(writer, target, per_layer, result)
     files = vocabulary.files if vocabulary else {}
     for path in source.checkpoint.side_files() if source.checkpoint else []:
         if place_of(path) not in files:

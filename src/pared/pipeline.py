@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pared.checkpoint import Checkpoint
+from pared.durable import write_whole
 from pared.errors import UsageError
 from pared.estimate import Progress, silent
 from pared.recipe import make_recipe
@@ -132,7 +133,7 @@ def run_pipeline(
             where=work,
             fix="start that one again, or remove the directory",
         )
-    note.write_text(json.dumps({"of": of}))
+    write_whole(note, json.dumps({"of": of}))
     reports: list[dict[str, Any]] = []
     now: Path = source.path
     for i, step in enumerate(pipeline.steps, 1):
@@ -141,7 +142,7 @@ def run_pipeline(
         record = work / f"{i}.json"
         if not (place.exists() and record.exists()):
             report = _run(step, now, source.path, place, overwrite or not last, progress)
-            record.write_text(json.dumps({"step": i, "kind": step.kind, **report}))
+            write_whole(record, json.dumps({"step": i, "kind": step.kind, **report}))
         reports.append(json.loads(record.read_text()))
         now = place
     shutil.rmtree(work)

@@ -1,7 +1,9 @@
-"""What the system says of this process."""
+"""The memory of this process: what the system says of it, and whether what is freed goes back to the system."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 from pathlib import Path
 
@@ -13,3 +15,31 @@ def resident_bytes(field: str = "VmRSS") -> int:
     except OSError:
         return 0
     return 1024 * int(found[1]) if found else 0
+
+
+def keep_freed_memory() -> None:
+    """Have the allocator keep and reuse what is freed, until `return_freed_memory`: fetching it anew costs a fifth of the time.
+
+    Only glibc's allocator is asked; by default it learns its thresholds from what it sees.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most that it takes
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def keep_no_freed_memory() -> None:
+    """Have large pieces of freed memory go back to the system at once: slower, and what a bound on memory counts on."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 20)  # M_TRIM_THRESHOLD
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system.
+
+    Without it a process that loads and frees one layer after another grows by a third of the weights.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pared.errors import UsageError
 
+Settings = TypeVar("Settings", bound=BaseModel)
 Structure = Literal["kv", "query", "ffn", "expert", "hidden", "layer", "attention", "mlp", "vocab"]
 # LLM-Pruner's names for what to remove, for people who come from it.
 STRATEGIES: dict[Any, tuple[str, ...]] = {"block-wise": ("kv", "ffn"), "channel-wise": ("hidden",), "layer-wise": ("layer",)}
@@ -101,16 +103,21 @@ class Recipe(BaseModel):
 
 def make_recipe(base: dict[str, Any] | None = None, **settings: Any) -> Recipe:
     """A recipe from a base and settings that override it. UsageError names the setting that is wrong."""
+    return validated(Recipe, base, settings)
+
+
+def validated(kind: type[Settings], base: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> Settings:
+    """Settings of one kind, from a base and those that override it. UsageError names the one that is wrong."""
     data = {**(base or {}), **{k: v for k, v in settings.items() if v is not None}}
     try:
-        return Recipe.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "recipe"
-        near = difflib.get_close_matches(name, Recipe.model_fields, 1) if first["type"] == "extra_forbidden" else []
-        message = "unknown setting" if first["type"] == "extra_forbidden" else first["msg"]
+        name = str(first["loc"][0]) if first["loc"] else kind.__name__.lower()
+        unknown = first["type"] == "extra_forbidden"
+        near = difflib.get_close_matches(name, kind.model_fields, 1) if unknown else []
         raise UsageError(
-            f"{message}: {first['input']!r}" if not near else f"unknown setting {name!r}",
+            f"unknown setting {name!r}" if unknown else f"{first['msg']}: {first['input']!r}",
             where=f"--{name.replace('_', '-')}",
             fix=f"did you mean {near[0]!r}?" if near else None,
         ) from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from pared.errors import UsageError
+from pared.recipe import validated
 
 
 class Recovery(BaseModel):
@@ -83,19 +83,7 @@ class Recovery(BaseModel):
 
 def make_recovery(base: dict[str, Any] | None = None, **settings: Any) -> Recovery:
     """Settings from a base and those that override it. UsageError names the one that is wrong."""
-    data = {**(base or {}), **{k: v for k, v in settings.items() if v is not None}}
-    try:
-        recovery = Recovery.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "recovery"
-        unknown = first["type"] == "extra_forbidden"
-        near = difflib.get_close_matches(name, Recovery.model_fields, 1) if unknown else []
-        raise UsageError(
-            f"unknown setting {name!r}" if unknown else f"{first['msg']}: {first['input']!r}",
-            where=f"--{name.replace('_', '-')}",
-            fix=f"did you mean {near[0]!r}?" if near else None,
-        ) from error
+    recovery = validated(Recovery, base, settings)
     if recovery.tokens is not None and recovery.minutes is not None:
         raise UsageError("tokens and minutes are two ends of one training", where="--tokens, --minutes", fix="give one of them")
     if recovery.merge and recovery.method != "lora":

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from pared import modeling
 from pared.calibration import Calibration, load_calibration, sample_from_model
 from pared.criteria import get_criterion
 from pared.effort import GENERATIONS, STEPS, tried
@@ -16,7 +17,6 @@ from pared.recipe import Recipe, make_recipe
 from pared.source import Source
 from pared.structure import SUBLAYERS, Layout
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_STRUCTURES = ("kv", "query", "ffn")
 DEFAULT_SEQ_LEN = 512
 
@@ -129,7 +129,7 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
 def compute_dtype(recipe: Recipe) -> torch.dtype | None:
     """What blocks are computed in: on a CPU fp32 unless told otherwise, on a GPU what the checkpoint has."""
     if recipe.dtype != "auto":
-        return _DTYPES[recipe.dtype]
+        return modeling.COMPUTE[recipe.dtype]
     return torch.float32 if recipe.device == "cpu" else None
 
 

@@ -123,8 +123,8 @@ def plan_pruning(
         return made.model_copy(update={"provenance": said}), scores
 
     if recipe.iterative_steps == 1:
-        once, scores = decide(source, recipe.share)
-        return with_vocabulary(once, vocabulary, whole), scores
+        single, scores = decide(source, recipe.share)
+        return with_vocabulary(single, vocabulary, whole), scores
 
     # In steps: each removes an equal part of the whole amount from what the one before left.
     plan: Plan | None = None

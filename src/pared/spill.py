@@ -7,7 +7,6 @@ whatever ends the process.
 from __future__ import annotations
 
 import bisect
-import errno
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, MutableSequence
@@ -17,6 +16,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from pared.durable import FULL
 from pared.errors import ResourceError
 
 
@@ -70,7 +70,7 @@ class Pool:
             while done < nbytes:
                 done += os.pwrite(self._open(), data[done:], offset + done)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in FULL:
                 raise
             raise ResourceError(
                 f"the disk is full: {error.strerror}", where=self.folder, fix="free some space, or --spill to another disk"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pared.blockparts import Observed, bias_of, is_sum, observe, oriented
+from pared.blockparts import Observed, bias_of, is_sum, observe, oriented, owner
 from pared.spill import States
 from pared.stream import Stream
 
@@ -185,8 +185,8 @@ def _seen(
         if until == "output":
             raise _Enough
 
-    earlier = [] if stages.apart else [n for n in stages.order[:stage] if n in dict(block.named_parameters())]
-    handles = [_listen(block, n, before) for n in earlier]
+    held = {} if stages.apart else dict(block.named_parameters())
+    handles = [_listen(block, n, before) for n in stages.order[:stage] if n in held]
     handles.append(owner(block, name).register_forward_pre_hook(reading))
     handles.append(owner(block, name).register_forward_hook(giving))
     after = None
@@ -265,11 +265,6 @@ class Remembered(Dense):
 def _there(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
     return tensor
-
-
-def owner(block: nn.Module, name: str) -> nn.Module:
-    """The module that holds a tensor, by its local name."""
-    return block.get_submodule(name.rpartition(".")[0])
 
 
 def _listen(block: nn.Module, name: str, into: list[Tensor]) -> torch.utils.hooks.RemovableHandle:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pared import modeling
+from pared import modeling, process
 from pared.calibration import Batch
 from pared.checkpoint import Checkpoint
 from pared.errors import ModelError
@@ -109,9 +109,9 @@ class Stream:
             self.device = next(source.parameters()).device
         else:
             if self.pool.room is None:
-                modeling.keep_freed_memory()
+                process.keep_freed_memory()
             else:
-                modeling.keep_no_freed_memory()
+                process.keep_no_freed_memory()
             config, per_layer = modeling.make_config(source.config)
             self.model = modeling.skeleton(config, per_layer, dtype=dtype or modeling.checkpoint_dtype(source))
             self.weights = modeling.Weights(source, self.model)

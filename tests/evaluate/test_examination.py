@@ -35,10 +35,7 @@ metadata:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("examined")
-    made.checkpoint(root / "dense")
-    made.pruned(root / "dense", root / "pruned")
-    made.pruned(root / "dense", root / "per-layer", shape="per-layer", allocate="global")
+    root = made.models_in(tmp_path_factory.mktemp("examined"))
     made.text(root / "one.jsonl")
     made.text(root / "two.jsonl", seed=1)
     return root

@@ -24,10 +24,7 @@ FAST = {"seq_len": 32, "batch": 4, "evaluations": 2, "device": "cpu", "learning_
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense model, a pruned one, a per-layer one, and text."""
-    root = tmp_path_factory.mktemp("recover")
-    made.checkpoint(root / "dense")
-    made.pruned(root / "dense", root / "pruned")
-    made.pruned(root / "dense", root / "per-layer", shape="per-layer", allocate="global")
+    root = made.models_in(tmp_path_factory.mktemp("recover"))
     made.text(root / "text.jsonl")
     return root
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -220,13 +219,9 @@ def _written_as(report: dict[str, Any], out: Path | None) -> str | None:
 
 def _write(path: Path, text: str) -> None:
     """All of the file or none of it."""
-    partial = path.with_name(path.name + ".partial")
+    from pared.durable import write_whole
+
     try:
-        with partial.open("w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
+        write_whole(path, text)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ResourceError(f"the plan can not be written: {error.strerror}", where=path, fix="choose another -o") from error

@@ -14,7 +14,7 @@ from pared.calibration import documents_of
 from pared.errors import UsageError
 from pared.evaluate.generation import write
 from pared.evaluate.perplexity import windows
-from pared.evaluate.report import DTYPES, Progress, Subject, evaluate
+from pared.evaluate.report import Progress, Subject, compute_dtype, evaluate
 from pared.evaluate.tasks import run_tasks
 
 # name -> tokens in a window, and the texts that the protocol is about (NAME:CONFIG:SPLIT:FIELD, and what joins their rows)
@@ -102,7 +102,7 @@ def _one(
         return record
     subject = Subject.open(model)
     device = str(settings.get("device", "cpu"))
-    dtype = DTYPES.get(str(settings.get("dtype")), torch.float32 if torch.device(device).type == "cpu" else None)
+    dtype = compute_dtype(str(settings.get("dtype", "auto")), device)
     loaded, tokenizer = modeling.load(subject.checkpoint, dtype=dtype, device=device), subject.tokenizer()
     if tasks:
         record |= run_tasks(loaded, tokenizer, tasks, task_dir=task_dir, limit=limit, batch=int(settings.get("batch", 8)))

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pared import modeling
 from pared.calibration import check_seq_len, inference, next_logits
 from pared.errors import ModelError, UsageError
-from pared.evaluate.perplexity import Logits, logits_of, windows
-from pared.evaluate.report import DTYPES, Progress, Subject, kept_tokens
+from pared.evaluate.perplexity import Logits, divergence, logits_of, windows
+from pared.evaluate.report import Progress, Subject, compute_dtype, kept_tokens
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _LEAST_WORDS = 64
@@ -72,23 +72,36 @@ def by_position(logits: Logits, ids: Tensor, ends: Sequence[int], *, against: Lo
 
     Token 0 is not scored. Softmax in fp32, sums in float64. ModelError where a value is not finite.
     """
-    nll = torch.zeros(ids.shape[1], dtype=torch.float64)
-    kl = torch.zeros(ids.shape[1], dtype=torch.float64)
+    return _both_by_position(logits, ids, ends, against)[0]
+
+
+def _both_by_position(
+    logits: Logits, ids: Tensor, ends: Sequence[int], against: Logits | None
+) -> tuple[list[Bucket], list[Bucket]]:
+    """The buckets of a model, and those of the one that it is compared with (none without one), each run once."""
+    nll, theirs, kl = (torch.zeros(ids.shape[1], dtype=torch.float64) for _ in range(3))
     for row in ids:
         log_q = logits(row[None])[0, :-1].float().log_softmax(-1).cpu()
         nll[1:] -= log_q.gather(1, row[1:, None])[:, 0].double()
         if against is not None:
             log_p = against(row[None])[0, :-1].float().log_softmax(-1).cpu()
-            kl[1:] += (log_p.exp() * (log_p - log_q)).sum(-1).double()
-    if not (torch.isfinite(nll).all() and torch.isfinite(kl).all()):
+            theirs[1:] -= log_p.gather(1, row[1:, None])[:, 0].double()
+            kl[1:] += divergence(log_p, log_q).double()
+    if not all(bool(torch.isfinite(v).all()) for v in (nll, theirs, kl)):
         raise ModelError("a loss or a divergence is not finite", where="long context", fix="run `pared verify` on both models")
+    ours = _buckets(nll, None if against is None else kl, ends, len(ids))
+    return ours, [] if against is None else _buckets(theirs, None, ends, len(ids))
+
+
+def _buckets(nll: Tensor, kl: Tensor | None, ends: Sequence[int], rows: int) -> list[Bucket]:
+    """Sums over rows by position as means by bucket."""
     out, first = [], 0
     for end in ends:
-        start, rows = max(1, first), len(ids)
+        start = max(1, first)
         count = (end - start) * rows
         if count > 0:
-            mean = [float(v[start:end].sum()) / count for v in (nll, kl)]
-            out.append(Bucket(first, end, count, mean[0], None if against is None else max(0.0, mean[1])))
+            mean = None if kl is None else max(0.0, float(kl[start:end].sum()) / count)
+            out.append(Bucket(first, end, count, float(nll[start:end].sum()) / count, mean))
         first = end
     return out
 
@@ -190,9 +203,7 @@ def evaluate_long(
     dense = None if against is None else Subject.open(against)
     if dense is not None and kept_tokens(ours, dense) is not None:
         raise UsageError("a long context is compared between models of one vocabulary", where="--against", fix="leave it out")
-    compute = DTYPES.get(dtype, torch.float32 if torch.device(device).type == "cpu" else None)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}", where="dtype", fix=f"one of auto, {', '.join(DTYPES)}")
+    compute = compute_dtype(dtype, device)
     trained = (dense or ours).max_positions
     if trained is None:
         raise ModelError("the config does not say how long a context the model was trained on", where=ours.checkpoint.path)
@@ -206,7 +217,7 @@ def evaluate_long(
     own = logits_of(built)
     base = None if dense is None else logits_of(modeling.load(dense.checkpoint.path, dtype=compute, device=device))
     progress("positions", 0, 1)
-    buckets = by_position(_on(own, device), ids, edges(trained, longest), against=base and _on(base, device))
+    buckets, theirs = _both_by_position(_on(own, device), ids, edges(trained, longest), base and _on(base, device))
     progress("positions", 1, 1)
     report: dict[str, Any] = {
         **ours.facts(),
@@ -226,9 +237,7 @@ def evaluate_long(
     if base is not None:
         report["against"] = {
             **(dense.facts() if dense else {}),
-            "positions": [
-                {**vars(b), "perplexity": b.perplexity} for b in by_position(_on(base, device), ids, edges(trained, longest))
-            ],
+            "positions": [{**vars(b), "perplexity": b.perplexity} for b in theirs],
             "retrieval": _retrieval(_on(base, device), tokenizer, cut.ids.flatten(), trained, longest, needles, progress),
         }
     return report

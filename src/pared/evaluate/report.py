@@ -40,7 +40,6 @@ DEFAULT_SEQ_LEN = 512
 SELF_WINDOWS = 64
 # A seed that nobody calibrates with, so that text to be scored is never the text that was calibrated on.
 SELF_SEED = 1_000_003
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROMPT, _DECODE, _SHORT = 128, 32, 1.5  # tokens, tokens, seconds
 
 
@@ -88,6 +87,13 @@ class Subject:
         }
 
 
+def compute_dtype(dtype: str, device: str) -> torch.dtype | None:
+    """What to compute in, by name; auto: fp32 on a CPU, else what the checkpoint has (None). UsageError for other names."""
+    if dtype != "auto" and dtype not in modeling.COMPUTE:
+        raise UsageError(f"unknown dtype {dtype!r}", where="dtype", fix=f"one of auto, {', '.join(modeling.COMPUTE)}")
+    return modeling.COMPUTE.get(dtype, torch.float32 if torch.device(device).type == "cpu" else None)
+
+
 def evaluate(
     model: str | Path,
     *,
@@ -119,9 +125,7 @@ def evaluate(
     if max_windows is not None and max_windows < 1:
         raise UsageError(f"{max_windows} windows hold no text", where="max_windows", fix="use 1 or more, or none for all")
     given = _given(text, reference, seq_len, stride, max_windows, limit)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}", where="dtype", fix=f"one of auto, {', '.join(DTYPES)}")
-    compute = DTYPES.get(dtype, torch.float32 if torch.device(device).type == "cpu" else None)
+    compute = compute_dtype(dtype, device)
 
     def load(subject: Subject) -> PreTrainedModel:
         return modeling.load(subject.checkpoint.path, dtype=compute, device=device)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from pared.calibration import inference, max_positions, next_logits
 from pared.errors import MissingError, UsageError
+from pared.process import resident_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +73,7 @@ def peak_memory_bytes(device: str | torch.device = "cpu") -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Linux hands ru_maxrss down from the process that started this one; the kernel's own high-water mark is ours alone.
-    if (own := _high_water_mark()) is not None:
+    if own := resident_bytes("VmHWM"):
         return own
     try:
         import resource
@@ -81,11 +81,3 @@ def peak_memory_bytes(device: str | torch.device = "cpu") -> int:
         raise MissingError("peak memory is not measured on this system", where=sys.platform) from error
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
-
-
-def _high_water_mark() -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)

@@ -15,8 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.errors import MissingError, UsageError
 
-# LLM-Pruner's seven (Ma et al., 2023, table 1).
-LLM_PRUNER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 # Which of a task's measures stands for it in an average: normalised by length where the task has that.
 _STANDS_FOR = ("acc_norm,none", "acc,none", "exact_match,none")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from pared import modeling
 from pared.checkpoint import Checkpoint
+from pared.durable import sync
 from pared.errors import MissingError, ModelError, ResourceError, UsageError
 from pared.export import kquants
 from pared.export.architectures import Target, choose, outside
@@ -89,7 +89,7 @@ def export_gguf(
             kquants.quantize(library, whole, partial, _FILE_TYPES[name])
         types = _types(gguf, partial)
         with open(partial, "rb+") as stream:
-            os.fsync(stream.fileno())
+            sync(stream)
         partial.replace(path)
     except OSError as error:
         raise ResourceError(

@@ -44,7 +44,6 @@ RULES: dict[tuple[tuple[str, ...], bool], str] = {
     ((_TEKKEN,), True): "tekken",
     ((_GPT_4O,), False): "gpt-4o",
 }
-_SPACE = "\u2581"
 _OTHER_FORMS = ("tokenizer.model", "vocab.json", "*.tiktoken", "tekken.json")
 
 

@@ -15,8 +15,9 @@ from pared.errors import ModelError
 from pared.importing import baichuan, chatglm_6b, glm
 from pared.importing.card import import_card
 from pared.importing.published import Conversion, Move, check_tensors, refuse_pickles, tokenizer_note
-from pared.modeling import checkpoint_dtype, config_json, expected_tensors, make_config, return_freed_memory
+from pared.modeling import checkpoint_dtype, config_json, expected_tensors, make_config
 from pared.models import NATIVE
+from pared.process import return_freed_memory
 from pared.writer import CheckpointWriter
 
 __all__ = ["Imported", "import_checkpoint"]

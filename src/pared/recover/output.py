@@ -9,10 +9,9 @@ from torch import nn
 
 from pared import modeling
 from pared.checkpoint import Checkpoint
-from pared.models import NATIVE
+from pared.output import add_config
 from pared.plan import Plan
 from pared.recovery import Recovery
-from pared.remote_code import FILE, auto_map, modelling_file
 from pared.report.card import adapter_card, recovery_section
 from pared.source import Source
 from pared.writer import CheckpointWriter
@@ -58,14 +57,7 @@ def _write_checkpoint(writer: CheckpointWriter, source: Source, checkpoint: Chec
     for name, tensor in modeling.to_disk(model, state).items():
         known = checkpoint.tensors.get(name)
         writer.add(name, tensor if known is None else tensor.to(modeling.DTYPES.get(known.dtype, tensor.dtype)))
-    kind = modeling.skeleton(source.config, source.per_layer)
-    writer.add_file(
-        "config.json", modeling.config_json(source.config, source.per_layer, auto_map(type(source.config), type(kind)))
-    )
-    if source.per_layer:
-        writer.add_file(FILE, modelling_file(type(source.config), type(kind)))
-    if source.config.model_type in NATIVE:
-        writer.add_file(NATIVE[source.config.model_type].file, NATIVE[source.config.model_type].code())
+    add_config(writer, source.config, source.per_layer, modeling.skeleton(source.config, source.per_layer))
 
 
 def _card(checkpoint: Checkpoint, name: str) -> str:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared import modeling
 from pared.calibration import sample_from_model
+from pared.durable import write_whole
 from pared.errors import MissingError, UsageError
 from pared.estimate import Progress, silent
 from pared.plan import Plan
@@ -36,7 +37,6 @@ from pared.writer import CheckpointWriter
 DEFAULT_SEQ_LEN = 512
 SELF_ROWS = 512  # that the teacher writes where no amount is given
 _BLOCK_ROWS = 128  # windows that blocks are distilled on
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class _Run:
     @property
     def dtype(self) -> torch.dtype:
         if self.recovery.dtype != "auto":
-            return _DTYPES[self.recovery.dtype]
+            return modeling.COMPUTE[self.recovery.dtype]
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
     @property
@@ -246,9 +246,7 @@ def _rows(run: _Run, model: nn.Module, learn: Sequence[Example], packing: str, i
             tokens = recovery.tokens
             if recovery.minutes is not None:
                 tokens = _tokens_in(run, model, learn, packing, isolated)
-            partial = note.with_suffix(".partial")
-            partial.write_text(json.dumps({"of": of, "tokens": tokens}))
-            partial.replace(note)
+            write_whole(note, json.dumps({"of": of, "tokens": tokens}))
     found = json.loads(note.read_text())
     if found["of"] != of:
         raise UsageError(
@@ -322,7 +320,7 @@ def _distil_blocks(run: _Run, model: nn.Module, rows: Sequence[Row]) -> list[tup
                 progress=run.progress,
             )
             save_file({n: p.detach().cpu().contiguous() for n, p in whole.named_parameters()}, file)
-            note.write_text(json.dumps(errors))
+            write_whole(note, json.dumps(errors))
     restore(whole, folder)
     return [(a, b) for a, b in json.loads(note.read_text())]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pared.calibration import Batch
+from pared.durable import write_whole
 from pared.errors import ModelError
 from pared.estimate import Progress, silent
 from pared.evaluate.report import Subject, kept_tokens
@@ -105,10 +106,7 @@ class Cache:
                     at += len(part.ids)
         name = hashlib.sha256("".join(sorted(index)).encode()).hexdigest()[:16]
         save_file({"log_p": torch.cat(log_p), "ids": torch.cat(chosen)}, self.folder / (name + _SUFFIX))
-        # Last, and by a rename: what has an index is whole.
-        partial = self.folder / f"{name}.partial"
-        partial.write_text(json.dumps(index))
-        partial.replace(self.folder / f"{name}.json")
+        write_whole(self.folder / f"{name}.json", json.dumps(index))  # last: what has an index is whole
 
     def _find(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

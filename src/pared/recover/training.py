@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -18,11 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, TrainerControl, TrainerState
 
+from pared.durable import sync, write_whole
 from pared.errors import UsageError
 from pared.estimate import Progress
 from pared.recover.losses import TopK, cross_entropy, forward_kl, top_k_kl
 from pared.recover.packing import IGNORED, Row, Rows, collate
 from pared.recovery import Recovery
+from pared.tensorfile import sha256
 
 _COMPLETE = "complete.json"
 _WEIGHTS = "trained.safetensors"
@@ -231,29 +231,19 @@ def restore(model: nn.Module, folder: Path) -> None:
 
 def mark_complete(folder: Path, judge: dict[str, Any]) -> None:
     """The last file of a checkpoint: what lies there, byte for byte. One without it, or that it does not fit, is not whole."""
-    files = {str(p.relative_to(folder)): _digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-    partial = folder / (_COMPLETE + ".partial")
-    with partial.open("w") as stream:
-        json.dump({"files": files, "judge": judge}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(folder / _COMPLETE)
-
-
-def _digest(path: Path) -> str:
-    state = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(2**20):
-            state.update(chunk)
-        os.fsync(stream.fileno())
-    return state.hexdigest()
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        files[str(path.relative_to(folder))] = sha256(path)
+        with path.open("r+b") as stream:
+            sync(stream)
+    write_whole(folder / _COMPLETE, json.dumps({"files": files, "judge": judge}))
 
 
 def whole(folder: Path) -> bool:
     """Whether a checkpoint was written to its end and is as it was then."""
     try:
         files = json.loads((folder / _COMPLETE).read_text())["files"]
-        return all(_digest(folder / name) == digest for name, digest in files.items())
+        return all(sha256(folder / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError):
         return False
 
