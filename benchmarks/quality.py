@@ -27,9 +27,11 @@ from pared.errors import ParedError
 from pared.evaluate.perplexity import Logits, Windows, logits_of, measure, protocol, windows
 from pared.recipe import load_recipe
 from pared.source import Source
+from pared.structure import SUBLAYERS
 
 # name -> (settings, shapes it is run in)
 BOTH = ("uniform", "per-layer")
+RANKED: dict[str, object] = {"allocate": "global"}
 METHODS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "random": ({"criterion": "random", "compensate": "none"}, BOTH),
     "L1": ({"criterion": "l1", "compensate": "none"}, BOTH),
@@ -46,6 +48,14 @@ METHODS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "Wanda-sp + refit": ({"criterion": "wanda_sp", "compensate": "refit"}, BOTH),
     "Taylor + sequential refit": ({"criterion": "taylor"}, BOTH),
     "ShortGPT's layers": ({"criterion": "block_influence", "structures": ("layer",), "compensate": "none"}, BOTH[:1]),
+    "layers by influence + bridge": ({"criterion": "block_influence", "structures": ("layer",)}, BOTH[:1]),
+    "layers by angle + bridge": ({"criterion": "angular", "structures": ("layer",)}, BOTH[:1]),
+    "layers by loss + bridge": ({"criterion": "perplexity", "structures": ("layer",)}, BOTH[:1]),
+    "layers by Taylor + bridge": ({"criterion": "taylor", "structures": ("layer",)}, BOTH[:1]),
+    "sublayers by influence + bridge": ({"criterion": "block_influence", "structures": SUBLAYERS, **RANKED}, BOTH[1:]),
+    "sublayers by loss": ({"criterion": "perplexity", "structures": SUBLAYERS, "compensate": "none", **RANKED}, BOTH[1:]),
+    "sublayers by loss + bridge": ({"criterion": "perplexity", "structures": SUBLAYERS, **RANKED}, BOTH[1:]),
+    "sublayers by OBS-Fisher + bridge": ({"criterion": "obs-fisher", "structures": SUBLAYERS, **RANKED}, BOTH[1:]),
     "pared quick": ({"effort": "quick"}, BOTH),
     "pared default": ({}, BOTH),
     "pared max": ({"effort": "max"}, BOTH),

@@ -24,9 +24,11 @@ from pared.run import prune
 with joined():
     ids = torch.randint(3, 64, (7, 16), generator=torch.Generator().manual_seed(3))
     for criterion in sys.argv[3].split(","):
-        structures = {"block_influence": ("layer",), "perplexity": ("layer",), "reap": ("expert",)}.get(criterion, ("ffn",))
-        found = prune(sys.argv[1], calibration=ids, criterion=criterion, structures=structures, compensate="none", batch=2,
-                      remove=0.2, dry_run=True)
+        name, _, parts = criterion.partition("+")
+        whole = {"block_influence": ("layer",), "perplexity": ("layer",), "angular": ("layer",), "reap": ("expert",)}
+        structures = ("attention", "mlp") if parts else whole.get(name, ("ffn",))
+        found = prune(sys.argv[1], calibration=ids, criterion=name, structures=structures, compensate="none", batch=2,
+                      shape="per-layer" if parts else "uniform", remove=0.2, dry_run=True)
         if rank() == 0:
             found.scores.save(f"{sys.argv[2]}-{criterion}")
             found.plan.save(f"{sys.argv[2]}-{criterion}.json")
@@ -43,7 +45,11 @@ def torchrun(processes: int, *arguments: object) -> None:
 
 @pytest.mark.parametrize(
     ("family", "criteria"),
-    [("llama", "taylor,taylor-second,wanda_sp,flap,obs,obs-fisher,perplexity,block_influence"), ("mixtral", "taylor,reap")],
+    [
+        ("llama", "taylor,taylor-second,wanda_sp,flap,obs,obs-fisher"),
+        ("llama", "perplexity,perplexity+parts,block_influence,block_influence+parts,angular"),
+        ("mixtral", "taylor,reap"),
+    ],
 )
 def test_scores_are_those_of_one_process(tmp_path: Path, family: str, criteria: str) -> None:
     model = tiny.save(tiny.model(family), tmp_path / "model")

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from pared.axes import names as names_in
 from pared.calibration import Batch
 from pared.criteria import WHOLE, Criterion, Group, Moments, Routing, Stats
+from pared.depth import Depth, search_removals, search_runs, without
 from pared.distributed import total, total_of
 from pared.errors import ModelError, UsageError
 from pared.gradients import WeightGradients, forward_with_loss, walk_back
 from pared.journal import Journal
 from pared.plan import to_ranges
-from pared.removal import search_removals
 from pared.routing import Visits, expert_modules, watched
 from pared.spill import States
 from pared.stream import Stream, Visit, nothing_around, observed, unpadded
@@ -82,7 +82,7 @@ def estimate(
     *,
     reduction: str = "sum",
     seed: int = 0,
-    layers_to_remove: int = 0,
+    depth: Depth | None = None,
     progress: Progress = silent,
     journal: Journal | None = None,
 ) -> Scores:
@@ -91,7 +91,7 @@ def estimate(
     journal: where blocks that are done are noted, in passes that go forward, and from where they are gone on with.
 
     axes: names of axes, and "layer". Hidden channels are scored by what all blocks together hold of them.
-    layers_to_remove: how far a criterion that searches over removals has to go. batches may be empty for a criterion
+    depth: how far a criterion that searches over removals has to go. batches may be empty for a criterion
     that needs the weights alone.
     """
     if criterion.axes is not None and (odd := [a for a in axes if a not in criterion.axes]):
@@ -106,8 +106,12 @@ def estimate(
     steps = _Steps(journal, scores, stream)
     if steps.first == stream.num_layers:
         return scores
-    if criterion.needs == "removal":
-        scores.of[None, "layer"] = search_removals(stream, criterion, batches, layers_to_remove, progress)
+    if criterion.needs in ("removal", "runs"):
+        far = depth or Depth()
+        if criterion.needs == "removal":
+            scores.of = search_removals(stream, criterion, axes, batches, far, progress, journal)
+        else:
+            scores.of = search_runs(stream, criterion, batches, far, progress)
         steps.finish()
         return scores
 
@@ -256,16 +260,21 @@ def _activation_visitor(
         def observe(name: str, x: Tensor, expert: int | None) -> None:
             watched[name].add(x, expert)
 
-        cosine, tokens, out = 0.0, 0, stream.pool.store()
-        with observed(block, list(watched), observe):
-            for h in hidden.drain():
+        tokens, out = 0, stream.pool.store()
+        cosine = {a: 0.0 for a in axes if a == "layer" or (a in WHOLE and stream.layout.sizes_at(i).get(a))}
+        others = {a: without(stream, block, i, [a]) for a in cosine if a != "layer"}
+        for h in hidden.drain():
+            with observed(block, list(watched), observe):
                 after = stream.run(block, i, h)
-                cosine += float(F.cosine_similarity(h.float(), after.float(), dim=-1).sum())
-                tokens += h.shape[0] * h.shape[1]
-                out.append(after)
+            for axis in cosine:
+                other = stream.run(others[axis], i, h) if axis in others else h
+                cosine[axis] += float(F.cosine_similarity(other.float(), after.float(), dim=-1).sum())
+            tokens += h.shape[0] * h.shape[1]
+            out.append(after)
         for moments in watched.values():
             total(moments.count, moments.total, moments.absolute, moments.square)
-        score(i, block, Stats(moments=watched, cosine=total_of(cosine) / total_of(tokens)))
+        every = total_of(tokens)
+        score(i, block, Stats(moments=watched, cosine={a: total_of(c) / every for a, c in cosine.items()}))
         progress("activations", i + 1, stream.num_layers)
         return out
 

@@ -260,8 +260,12 @@ def _scoring(work: Work, blocks: list[_Block], end: int) -> list[Stage]:
     if criterion.needs in ("gradients", "squared-gradients", "second-moments-fisher"):
         row = work.seq_len * c * (4 * big.inner + 14 * big.hidden)
         states = (work.layout.num_layers + 2) * _states(work, big)
-    if criterion.needs == "removal":
-        states = (work.layout.num_layers + 1) * _states(work, big)
+    if criterion.needs in ("removal", "runs"):
+        most = work.layout.num_layers * (1 if criterion.needs == "runs" else len(work.axes))
+        states = (most + 2) * _states(work, big)
+    if criterion.needs == "removal":  # a pass for each removal, in which half of the candidates travel on the average
+        rounds = max(1, round(recipe.share * most))
+        passes, read = rounds * (most + 2) / 2, rounds * (whole + tables)
     flops = passes * _passes(work, blocks)
     stage = Stage(criterion.name, fixed, row, states, c * big.entries, read, flops=flops, solves=solves)
     return [embed, stage, *([head] if passes > 1 else [])]

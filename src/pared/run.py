@@ -20,6 +20,7 @@ from pared.calibration import Calibration, together
 from pared.compensate import Method, Reached, Refitted, compensate
 from pared.compose import compose
 from pared.criteria import get_criterion
+from pared.depth import Depth
 from pared.distributed import first_row, once, own_rows, rank, size
 from pared.effort import GENERATIONS, judges, measures, no_scores, reselected
 from pared.errors import UsageError
@@ -105,7 +106,7 @@ def plan_pruning(
                 mine,
                 reduction=recipe.reduction,
                 seed=recipe.seed,
-                layers_to_remove=going + 1,
+                depth=Depth(going, budget.target, budget.saves, budget.protected),
                 progress=progress,
                 journal=means.journal if recipe.iterative_steps == 1 and size() == 1 else None,
             )

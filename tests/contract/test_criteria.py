@@ -14,6 +14,7 @@ import tiny
 from pared.calibration import Batch
 from pared.checkpoint import Checkpoint
 from pared.criteria import REDUCTIONS, Criterion, all_criteria, get_criterion
+from pared.depth import Depth
 from pared.errors import UsageError
 from pared.estimate import Scores, estimate
 from pared.modeling import blocks
@@ -68,7 +69,7 @@ def score(
     config = source.config if isinstance(source, PreTrainedModel) else AutoConfig.from_pretrained(source)
     stream = Stream(model, proved_layout(config))
     axes = axes or axes_of(criterion, config.model_type)
-    return estimate(stream, criterion, axes, given, reduction=reduction, seed=5, layers_to_remove=2)
+    return estimate(stream, criterion, axes, given, reduction=reduction, seed=5, depth=Depth(2))
 
 
 def assert_close(got: Scores, want: Scores) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 import tiny
 from pared.calibration import Batch
 from pared.criteria import get_criterion
+from pared.depth import Depth
 from pared.estimate import Scores, estimate
 from pared.modeling import blocks
 from pared.proof import proved_layout
@@ -193,7 +194,7 @@ def test_the_perplexity_criterion_measures_again_after_each_removal(wanted: int)
     for _ in range(min(wanted, 5)):
         losses = {i: without(model, {*gone, i}) for i in range(6) if i not in gone}
         gone.append(min(losses, key=lambda i: losses[i]))
-    found = scores(model, "perplexity", ("layer",), layers_to_remove=wanted).of[None, "layer"]
+    found = scores(model, "perplexity", ("layer",), depth=Depth(wanted)).of[None, "layer"]
     assert found.argsort()[: len(gone)].tolist() == gone
     for i in set(range(6)) - set(gone):
         assert abs(float(found[i]) - losses[i]) < 1e-5

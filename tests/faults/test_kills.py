@@ -22,6 +22,7 @@ RUNS = {
     "walk": ["--structures", "ffn", "--remove", "0.3"],
     "forward": ["--structures", "ffn", "--remove", "0.3", "--criterion", "wanda_sp", "--compensate", "refit"],
     "weights": ["--structures", "ffn", "--remove", "0.3", "--criterion", "l2", "--compensate", "none"],
+    "removals": ["--structures", "attention,mlp", "--shape", "per-layer", "--remove", "0.5", "--criterion", "perplexity"],
     "back": ["--structures", "layer", "--remove", "0.3", "--criterion", "taylor"],
 }
 

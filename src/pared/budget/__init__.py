@@ -98,6 +98,10 @@ class Budget:
             }[self.amount.of]
         return self._blocks[key]
 
+    def saves(self, layer: int, sizes: Mapping[str, int]) -> int:
+        """The amount that other sizes of one block save."""
+        return self.block_amount(layer, {}) - self.block_amount(layer, sizes)
+
     def outside_amount(self, hidden: int | None = None) -> int:
         """The amount that lies outside of the blocks, with the tokens that stay."""
         if hidden not in self._outside:

@@ -41,7 +41,7 @@ def allocate_ranked(budget: Budget, scores: Scores) -> dict[int, Sizes]:
             saved = _saves(budget, i, a, after, {**sizes[i], **at_first})
             if saved > 0:
                 if scores.comparable and a in layout.sublayers:
-                    score = max(0.0, score - lost.get((i, a), 0.0))
+                    score = max(min(score, 0.0), score - lost.get((i, a), 0.0))
                 price[i, a] = score / saved if scores.comparable else score
                 heapq.heappush(heap, (price[i, a], i, a, at[i, a]))
 
@@ -121,11 +121,17 @@ def _ascending(budget: Budget, scores: Scores, i: int, axis: str) -> Tensor:
     n, runs = budget.layout.sizes_at(i)[axis], budget.layout.runs.get(axis, 1)
     value = scores.of[i, axis]
     if not scores.comparable:
-        value = standardise(value)
+        value = standardise(value) if axis not in budget.layout.sublayers else _among_layers(scores, i, axis)
     rows = value.reshape(-1, n).sort(dim=1).values
     if runs > 1:  # the cheapest of every run, then the next of every run
         return value.reshape(runs, -1).sort(dim=1).values.T.flatten()
     return rows.sum(0) if scores.comparable else rows.mean(0)
+
+
+def _among_layers(scores: Scores, i: int, axis: str) -> Tensor:
+    """The score of the one unit that a layer has of an axis, standardised over the layers."""
+    places = [layer for layer, a in scores.of if a == axis]
+    return standardise(torch.cat([scores.of[layer, axis] for layer in places]))[[places.index(i)]]
 
 
 def standardise(value: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ Needs = Literal[
     "gradients",
     "squared-gradients",
     "removal",
+    "runs",
 ]
 # Structures that are one unit in each layer: all entries of all tensors are parts of it.
 WHOLE = ("layer", *SUBLAYERS)
@@ -179,7 +180,8 @@ class Stats:
 
     moments: of the inputs. second_moments: E[a a^T] of the inputs, fp32 [n, n]. output_fisher: E[g g^T] of the loss's
     gradient at the outputs, fp32 [out, out], scaled to one token's own loss. gradients: of the mean loss, fp32. squared: mean over sequences of the squared gradient of
-    the sequence's mean loss. cosine: mean over tokens of cos(block input, block output). loss_without: mean loss of
+    the sequence's mean loss. cosine: of a layer or a sublayer, mean over tokens of
+    cos(block output without it, block output). run_angle: of the best run of layers that this one is in. loss_without: mean loss of
     the model when the layer is left out, at the moment of the search when it went. routing: None where the block's experts
     do not show it. seed: of the run.
     """
@@ -189,7 +191,8 @@ class Stats:
     squared: dict[str, Tensor] = field(default_factory=dict)
     second_moments: dict[str, Tensor] = field(default_factory=dict)
     output_fisher: dict[str, Tensor] = field(default_factory=dict)
-    cosine: float | None = None
+    cosine: dict[str, float] = field(default_factory=dict)
+    run_angle: float | None = None
     loss_without: float | None = None
     routing: Routing | None = None
     seed: int = 0
