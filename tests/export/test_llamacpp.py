@@ -134,3 +134,15 @@ def test_a_trained_model_tells_the_same_story(stories260k: Path, tmp_path: Path)
     prompt = AutoTokenizer.from_pretrained(stories260k)("Once upon a time")["input_ids"]
     with Engine(export_gguf(stories260k, tmp_path / "model.gguf").path) as engine:
         assert engine.greedy(prompt, 120) == greedy(built, prompt, 120)
+
+
+@pytest.mark.parametrize("shape", ["uniform", "per-layer"])
+def test_sequences_run_together_get_what_each_gets_alone(shape: str, tmp_path: Path) -> None:
+    cut(model("llama"), out=tmp_path / "model", structures=("kv", "ffn"), shape=shape, align=1)
+    file = export_gguf(tmp_path / "model").path
+    ids = tokens(5, 12)
+    with Engine(file, context=16) as one, Engine(file, context=16, sequences=5) as many:
+        alone = one.logits(ids)
+        assert close(many.feed_together(ids[:, :8].tolist(), 0), alone[:, 7], 1e-5)
+        for i in range(8, 12):
+            assert close(many.feed_together(ids[:, i : i + 1].tolist(), i), alone[:, i], 1e-5)

@@ -55,20 +55,23 @@ def uniform(family: str, folder: Path, **changes: Any) -> Path:
     return out
 
 
-def per_layer(family: str, folder: Path, **changes: Any) -> Path:
-    """No two layers alike: fewer KV groups in one, fewer query heads in another, and as many channels as come."""
+def per_layer(family: str, folder: Path, *, multiple: int = 1, **changes: Any) -> Path:
+    """No two layers alike: fewer KV groups in one, fewer query heads in another, and as many channels as come.
+
+    multiple: of what all these numbers are.
+    """
     source = dense(family, folder, **changes)
     layout = proved_layout(model(family, **changes).config)
     out = folder / f"{family}-per-layer"
-    return apply_plan(source, plan_of(layout, [_layer(layout, i) for i in range(layout.num_layers)]), out)
+    return apply_plan(source, plan_of(layout, [_layer(layout, i, multiple) for i in range(layout.num_layers)]), out)
 
 
-def without_parts(family: str, folder: Path, skips: Sequence[Sequence[str]], **changes: Any) -> Path:
+def without_parts(family: str, folder: Path, skips: Sequence[Sequence[str]], *, multiple: int = 1, **changes: Any) -> Path:
     """Layers of which some have no attention, no MLP, or neither, and the others sizes of their own."""
     changes = {"num_hidden_layers": len(skips), **changes}
     source = dense(family, folder, **changes)
     layout = proved_layout(model(family, **changes).config)
-    layers = [LayerPlan(source=i, skip=list(s)) if s else _layer(layout, i) for i, s in enumerate(skips)]  # type: ignore[arg-type]
+    layers = [LayerPlan(source=i, skip=list(s)) if s else _layer(layout, i, multiple) for i, s in enumerate(skips)]  # type: ignore[arg-type]
     return apply_plan(source, plan_of(layout, layers), folder / f"{family}-without-parts")
 
 
@@ -77,13 +80,13 @@ def plan_of(layout: Layout, layers: list[LayerPlan]) -> Plan:
     return Plan(model_type=layout.model_type, shape="per-layer", before=whole, after=whole, layers=layers)
 
 
-def _layer(layout: Layout, i: int) -> LayerPlan:
+def _layer(layout: Layout, i: int, multiple: int) -> LayerPlan:
     keep: dict[str, str | list[str]] = {}
     sizes = layout.sizes_at(i)
     proved = {a for a in ("kv", "query", "ffn") if a in sizes and a in layout.proofs and layout.proofs[a].holds}
     groups = sizes.get("kv", 0)
     if "kv" in proved and i % 3 == 0:
-        groups = sizes["kv"] - 1 - i % 2
+        groups = (sizes["kv"] - 1 - i % 2) // multiple * multiple
         keep["kv"] = some(sizes["kv"], groups, seed=i)
     if "query" in proved and sizes["query"] > 1 and i % 3 == 1:
         keep["query"] = [some(sizes["query"], 1, seed=10 * i + g) for g in range(groups)]
@@ -92,7 +95,7 @@ def _layer(layout: Layout, i: int) -> LayerPlan:
         if layout.parents.get("ffn") is not None:  # channels of each expert
             keep["ffn"] = [some(sizes["ffn"], width, seed=10 * i + e) for e in range(sizes[layout.parents["ffn"]])]
         else:
-            keep["ffn"] = some(sizes["ffn"], width + i, seed=i)
+            keep["ffn"] = some(sizes["ffn"], (width + i) // multiple * multiple, seed=i)
     return LayerPlan(source=i, keep=keep)
 
 

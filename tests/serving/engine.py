@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pared.serving.vllm_cpu import ENVIRONMENT
+
 # Two logits closer than this share of the largest are a tie: the engines add up in another order.
 TIE = 1e-4
 SETTINGS: dict[str, Any] = {
@@ -30,15 +32,6 @@ SETTINGS: dict[str, Any] = {
     "enforce_eager": True,
     "skip_tokenizer_init": True,
     "disable_log_stats": True,
-}
-# No traffic, no second process, a small cache, all cores.
-ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "HF_HUB_OFFLINE": "1",
 }
 
 

@@ -33,23 +33,42 @@ def agreement(model: PreTrainedModel, wanted: list[Request], got: list[list[int]
     return same / total
 
 
-@pytest.mark.parametrize("shape", ["uniform", "per-layer"])
-def test_llm_compressors_checkpoints_are_served(shape: str, storyteller: Path, vllm: Engine, tmp_path: Path) -> None:
-    if not COMPRESSOR.exists():
-        pytest.skip("llm-compressor's environment is not there: make vllm-test")
-    path = tmp_path / "pruned"
-    tiny.cut(storyteller, out=path, criterion="l2", structures=("ffn",), remove=0.1, align=64, shape=shape)
-    described = describe(path)
-    fits = {f["format"]: f["fits"] for f in formats(described.config, described.per_layer, described.layout)}
-    assert fits["W8A8, FP8 in vLLM"]
-    model = pared.load(path, dtype=torch.float32).eval()
+@pytest.fixture(scope="module", params=["uniform", "per-layer"])
+def pruned(request: pytest.FixtureRequest, storyteller: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned checkpoint, and beside it text of its own."""
+    folder = tmp_path_factory.mktemp("pruned")
+    settings = {"criterion": "l2", "structures": ("ffn",), "remove": 0.1, "align": 64, "shape": request.param}
+    tiny.cut(storyteller, out=folder / "model", **settings)
+    model = pared.load(folder / "model", dtype=torch.float32).eval()
     starts = torch.randint(3, model.config.vocab_size, (32, 4), generator=torch.Generator().manual_seed(0))
     texts = model.generate(starts, max_new_tokens=92, do_sample=True, min_new_tokens=92)
-    (tmp_path / "tokens.json").write_text(json.dumps(texts.tolist()))
-    command = [COMPRESSOR, Path(__file__).parent / "compress.py", path, "W8A8", tmp_path / "tokens.json", tmp_path / "out"]
+    (folder / "tokens.json").write_text(json.dumps(texts.tolist()))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("scheme", "form", "dtype", "least", "size"),
+    [
+        ("W8A8", "W8A8, FP8 in vLLM", "float32", 0.95, 0.4),
+        ("W4A16/64", "W4A16 in vLLM on a CPU", "bfloat16", 0.75, 0.3),  # no fp32 kernel on a CPU
+    ],
+)
+def test_llm_compressors_checkpoints_are_served(
+    scheme: str, form: str, dtype: str, least: float, size: float, pruned: Path, vllm: Engine, tmp_path: Path
+) -> None:
+    if not COMPRESSOR.exists():
+        pytest.skip("llm-compressor's environment is not there: make vllm-test")
+    described = describe(pruned / "model")
+    assert {f["format"]: f["fits"] for f in formats(described.config, described.per_layer, described.layout)}[form]
+    script = [COMPRESSOR, Path(__file__).parent / "compress.py"]
+    command = [*script, pruned / "model", scheme, pruned / "tokens.json", tmp_path / "out"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    weights = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
-    assert weights < 0.8 * 4 * sum(p.numel() for p in model.parameters())
-    wanted = [Request(row[:24], 24, arrives=i) for i, row in enumerate(texts.tolist())]
-    assert agreement(model, wanted, vllm.serve(tmp_path / "out", wanted)) >= 0.95
+    model = pared.load(pruned / "model", dtype=torch.float32).eval()
+    # Embeddings stay as they are, in fp32.
+    embedded = 4 * model.get_input_embeddings().weight.numel()
+    weights = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")) - embedded
+    assert weights < size * (4 * sum(p.numel() for p in model.parameters()) - embedded)
+    texts = json.loads((pruned / "tokens.json").read_text())
+    wanted = [Request(row[:24], 24, arrives=i) for i, row in enumerate(texts)]
+    assert agreement(model, wanted, vllm.serve(tmp_path / "out", wanted, dtype=dtype)) >= least

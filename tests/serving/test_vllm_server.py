@@ -20,7 +20,8 @@ import torch
 
 import pared
 import tiny
-from engine import ENVIRONMENT, Request, check_greedy, requests
+from engine import Request, check_greedy, requests
+from pared.serving.vllm_cpu import ENVIRONMENT
 
 pytestmark = pytest.mark.vllm
 

@@ -16,9 +16,14 @@ _F32, _F16 = 0, 1  # ggml's numbers of the types that the cache can have
 
 
 class Engine:
-    """A loaded model and one context. exact: the key-value cache in fp32; else in fp16, as llama.cpp has it by default."""
+    """A loaded model and one context. exact: the key-value cache in fp32; else in fp16, as llama.cpp has it by default.
 
-    def __init__(self, path: str | Path, *, context: int = 512, threads: int = 1, exact: bool = True) -> None:
+    context: tokens of a sequence. sequences: how many may run at once, each with a cache of its own.
+    """
+
+    def __init__(
+        self, path: str | Path, *, context: int = 512, sequences: int = 1, threads: int = 1, exact: bool = True
+    ) -> None:
         self.lib = _library()
         self.lib.llama_backend_init()
         hush(self.lib)
@@ -28,8 +33,9 @@ class Engine:
         if not self.model:
             raise ModelError("llama.cpp does not load this file", where=path, fix="export it again")
         options = self.lib.llama_context_default_params()
-        options.n_ctx = options.n_batch = context
-        options.n_ubatch = min(context, 512)
+        options.n_ctx = options.n_batch = context * sequences
+        options.n_seq_max = sequences
+        options.n_ubatch = min(context * sequences, 512)
         options.n_threads = options.n_threads_batch = threads
         options.type_k = options.type_v = _F32 if exact else _F16
         options.flash_attn_type = 0
@@ -40,7 +46,7 @@ class Engine:
             raise ModelError("llama.cpp makes no context for this file", where=path, fix="a smaller context")
         self.vocab = self.lib.llama_model_get_vocab(self.model)
         self.size = int(self.lib.llama_vocab_n_tokens(self.vocab))
-        self.batch = self.lib.llama_batch_init(context, 0, 1)
+        self.batch = self.lib.llama_batch_init(context * sequences, 0, 1)
 
     def __enter__(self) -> Self:
         return self
@@ -52,16 +58,25 @@ class Engine:
 
     def feed(self, ids: list[int], start: int, *, all_logits: bool) -> Tensor:
         """Tokens at positions start, start + 1, ... after what the cache holds -> their logits [s, vocab], or the last's [1, vocab]."""
-        self.batch.n_tokens = len(ids)
-        for i, token in enumerate(ids):
-            self.batch.token[i], self.batch.pos[i], self.batch.n_seq_id[i] = token, start + i, 1
-            self.batch.seq_id[i][0] = 0
-            self.batch.logits[i] = all_logits or i == len(ids) - 1
+        return self._decode([ids], start, all_logits=all_logits)
+
+    def feed_together(self, rows: list[list[int]], start: int) -> Tensor:
+        """As many tokens of each of several sequences, at positions start, start + 1, ... -> the last's logits [rows, vocab]."""
+        return self._decode(rows, start, all_logits=False)
+
+    def _decode(self, rows: list[list[int]], start: int, *, all_logits: bool) -> Tensor:
+        """One batch of sequences 0, 1, ... of one length -> logits in the order in which they were asked for."""
+        places = [(r, i, token) for r, ids in enumerate(rows) for i, token in enumerate(ids)]
+        self.batch.n_tokens = len(places)
+        for at, (row, i, token) in enumerate(places):
+            self.batch.token[at], self.batch.pos[at], self.batch.n_seq_id[at] = token, start + i, 1
+            self.batch.seq_id[at][0] = row
+            self.batch.logits[at] = all_logits or i == len(rows[row]) - 1
         if code := self.lib.llama_decode(self.context, self.batch):
-            raise ModelError(f"llama.cpp can not run {len(ids)} tokens at position {start} (code {code})")
-        rows = len(ids) if all_logits else 1
-        out = ctypes.cast(self.lib.llama_get_logits(self.context), ctypes.POINTER(ctypes.c_float * (rows * self.size)))
-        return torch.frombuffer(out.contents, dtype=torch.float32).view(rows, self.size).clone()
+            raise ModelError(f"llama.cpp can not run {len(places)} tokens at position {start} (code {code})")
+        count = len(places) if all_logits else len(rows)
+        out = ctypes.cast(self.lib.llama_get_logits(self.context), ctypes.POINTER(ctypes.c_float * (count * self.size)))
+        return torch.frombuffer(out.contents, dtype=torch.float32).view(count, self.size).clone()
 
     def forget(self) -> None:
         """Empty the cache."""
