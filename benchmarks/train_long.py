@@ -236,7 +236,7 @@ class Training:
         for optimizer in self.optimizers:
             optimizer.step()
         self.step, self.tokens = self.step + 1, self.tokens + ids.numel()
-        return float(loss)
+        return float(loss.detach())
 
 
 def train(args: argparse.Namespace) -> None:
