@@ -12,18 +12,21 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import pared
 import tiny
+from pared.report.formats import formats
+from pared.report.inspection import describe
 
 pytestmark = pytest.mark.llamacpp
 pytest.importorskip("torchao")
 pytest.importorskip("bitsandbytes")
 
+NF4 = "NF4 (bitsandbytes) on a CPU with AVX-512 BF16"
 SHAPES = {"uniform": {"shape": "uniform"}, "per-layer": {"shape": "per-layer", "allocate": "global"}}
 
 
 @pytest.fixture(scope="module", params=SHAPES)
 def pruned(request: pytest.FixtureRequest, storyteller: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pruned") / request.param
-    tiny.cut(storyteller, out=out, criterion="l2", remove=0.2, align=32, **SHAPES[request.param])
+    tiny.cut(storyteller, out=out, criterion="l2", remove=0.2, align=64, **SHAPES[request.param])
     return out
 
 
@@ -46,12 +49,14 @@ def kl(p: Tensor, q: Tensor) -> float:
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize(("quantise", "most"), [(int8, 1e-3), (nf4, 0.05)])
+@pytest.mark.parametrize(("quantise", "most"), [(int8, 1e-3), (nf4, 0.15)])
 def test_a_pruned_checkpoint_stays_near_what_it_was(
     quantise: Callable[[Path], PreTrainedModel], most: float, pruned: Path
 ) -> None:
     whole = pared.load(pruned, dtype=torch.float32).eval()
     ids = whole.generate(torch.tensor([[1]]), max_new_tokens=63, do_sample=False)
+    described = describe(pruned)
+    assert {f["format"]: f["fits"] for f in formats(described.config, described.per_layer, described.layout)}[NF4]
     small = quantise(pruned)
     matrices = [m for n, m in small.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n]
     assert len(matrices) == sum(isinstance(m, nn.Linear) and "lm_head" not in n for n, m in whole.named_modules())

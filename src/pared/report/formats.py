@@ -24,10 +24,12 @@ class Format:
     outputs: int
 
 
-# From the code of each: torchao and bitsandbytes take any shape; vLLM's CUTLASS kernels for int8 and fp8 (16 x 16), its
-# W4A16 kernels on a CPU (32 x 32) and Marlin on a GPU (128 x 64, which is also the usual group); ggml's blocks.
+# From the code of each: torchao takes any shape, and bitsandbytes does but on a CPU with AVX-512 BF16, where it packs blocks
+# of 64 in rows of 32; vLLM's CUTLASS kernels for int8 and fp8 (16 x 16), its W4A16 kernels on a CPU (32 x 32) and Marlin on a
+# GPU (128 x 64, which is also the usual group); ggml's blocks.
 FORMATS = (
     Format("int8 (torchao), NF4 (bitsandbytes)", 1, 1),
+    Format("NF4 (bitsandbytes) on a CPU with AVX-512 BF16", 64, 32),
     Format("W8A8, FP8 in vLLM", 16, 16),
     Format("W4A16 in vLLM on a CPU", 32, 32),
     Format("W4A16 in groups of 128 (GPTQ, AWQ; Marlin)", 128, 64),
