@@ -25,7 +25,7 @@ with joined():
     ids = torch.randint(3, 64, (7, 16), generator=torch.Generator().manual_seed(3))
     for criterion in sys.argv[3].split(","):
         name, _, parts = criterion.partition("+")
-        whole = {"block_influence": ("layer",), "perplexity": ("layer",), "angular": ("layer",), "reap": ("expert",)}
+        whole = {"block_influence": ("layer",), "perplexity": ("layer",), "angular": ("layer",), "rotation": ("hidden",), "reap": ("expert",)}
         structures = ("attention", "mlp") if parts else whole.get(name, ("ffn",))
         found = prune(sys.argv[1], calibration=ids, criterion=name, structures=structures, compensate="none", batch=2,
                       shape="per-layer" if parts else "uniform", remove=0.2, dry_run=True)
@@ -47,7 +47,7 @@ def torchrun(processes: int, *arguments: object) -> None:
     ("family", "criteria"),
     [
         ("llama", "taylor,taylor-second,wanda_sp,flap,obs,obs-fisher"),
-        ("llama", "perplexity,perplexity+parts,block_influence,block_influence+parts,angular"),
+        ("llama", "perplexity,perplexity+parts,block_influence,block_influence+parts,angular,rotation"),
         ("mixtral", "taylor,reap"),
     ],
 )

@@ -23,6 +23,7 @@ from pared.errors import ModelError, UsageError
 from pared.gradients import WeightGradients, forward_with_loss, walk_back
 from pared.journal import Journal
 from pared.plan import to_ranges
+from pared.rotation import Rotation, find_rotation
 from pared.routing import Visits, expert_modules, watched
 from pared.spill import States
 from pared.stream import Stream, Visit, nothing_around, observed, unpadded
@@ -41,11 +42,13 @@ class Scores:
 
     Units of a nested axis count parent-major: query head q of KV group k is unit k * query + q.
     visits: layer -> int64 [experts], calibration tokens sent to each, where they were seen; not in the file of scores.
+    rotation: the basis that the scores of hidden channels are in, where it is not the model's own; not in the file either.
     """
 
     of: dict[tuple[int | None, str], Tensor] = field(default_factory=dict)
     comparable: bool = False
     visits: dict[int, Tensor] = field(default_factory=dict)
+    rotation: Rotation | None = None
 
     def never_visited(self) -> dict[str, Any]:
         """Experts that no calibration token was sent to: how many, of how many, and which in each layer."""
@@ -105,6 +108,12 @@ def estimate(
     scores = Scores(comparable=criterion.comparable)
     steps = _Steps(journal, scores, stream)
     if steps.first == stream.num_layers:
+        return scores
+    if criterion.needs == "rotation":
+        scores.rotation = find_rotation(stream, batches, progress)
+        energy = scores.rotation.energy.float()
+        group = Group("hidden", ("hidden",), len(energy), None, {}, {}, {}, {})
+        scores.of[None, "hidden"] = criterion.function(group, Stats(energy=energy))
         return scores
     if criterion.needs in ("removal", "runs"):
         far = depth or Depth()

@@ -263,6 +263,9 @@ def _scoring(work: Work, blocks: list[_Block], end: int) -> list[Stage]:
     if criterion.needs in ("removal", "runs"):
         most = work.layout.num_layers * (1 if criterion.needs == "runs" else len(work.axes))
         states = (most + 2) * _states(work, big)
+    if criterion.needs == "rotation":  # a block in another basis beside it, in float64 while it is turned; the basis itself
+        fixed += c * big.entries + 3 * 8 * big.largest + 8 * 6 * big.hidden**2
+        solves = 25.0 * big.hidden**3
     if criterion.needs == "removal":  # a pass for each removal, in which half of the candidates travel on the average
         rounds = max(1, round(recipe.share * most))
         passes, read = rounds * (most + 2) / 2, rounds * (whole + tables)

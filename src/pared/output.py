@@ -23,7 +23,7 @@ from pared.report.card import model_card
 from pared.retokenize import Retokenized
 from pared.source import Source
 from pared.spill import Pool, States
-from pared.surgery import cut_block, cut_outside, keep_scale, target_config
+from pared.surgery import Turned, cut_block, cut_outside, keep_scale, target_config
 from pared.writer import CheckpointWriter
 
 
@@ -98,12 +98,14 @@ def write_pruned(
     refitted: Iterator[Refitted] | None = None,
     vocabulary: Retokenized | None = None,
     steps: Written | None = None,
+    turned: Turned = lambda read: read,
 ) -> tuple[Path, Plan]:
     """Cut the source as a plan says, one block at a time, into a checkpoint. Returns where it lies and the final plan.
 
     refitted: for each block of the result in turn, the units that it keeps, and tensors that take the place of those
     that are merely cut. vocabulary: the tokenizer's files, where the plan has a vocabulary. steps: where what is
-    written is noted; `refitted` then begins with the block after those that are written already.
+    written is noted; `refitted` then begins with the block after those that are written already. turned: gives tensors
+    in another basis of the hidden channels.
     """
     layout = source.layout
     plan.check(layout)
@@ -122,7 +124,7 @@ def write_pruned(
         if weights is not None:
             weights.load(names)
         state = model.state_dict()
-        for name, tensor in modeling.to_disk(result, cut(state.__getitem__)).items():
+        for name, tensor in modeling.to_disk(result, cut(turned(state.__getitem__))).items():
             writer.add(name, tensor)
         if weights is not None:
             weights.unload(names)

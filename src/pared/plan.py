@@ -67,7 +67,8 @@ class LayerPlan(BaseModel):
 class Plan(BaseModel):
     """What to keep. `removed` is the share of `of` that the plan really removes; `requested` what was asked for.
 
-    vocab: the token ids that stay; the i-th of them becomes token i.
+    vocab: the token ids that stay; the i-th of them becomes token i. rotated: the hidden channels are those of a basis
+    that was measured for this model; a head that shared the embeddings is one of its own then.
     """
 
     model_config = ConfigDict(extra="forbid", ignored_types=(cached_property,))
@@ -80,6 +81,7 @@ class Plan(BaseModel):
     before: Account
     after: Account
     hidden: str | None = None
+    rotated: bool = False
     vocab: str | None = None
     layers: list[LayerPlan]
     provenance: dict[str, Any] = Field(default_factory=dict)

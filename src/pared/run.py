@@ -40,12 +40,9 @@ from pared.retokenize import (
     vocabulary_alone,
     with_vocabulary,
 )
+from pared.rotation import Rotation
 from pared.source import Source
-from pared.surgery import (
-    cut_model,
-    cut_refitted,
-    written_as,
-)
+from pared.surgery import Turned, cut_model, cut_refitted, written_as
 from pared.writer import CheckpointWriter
 
 
@@ -121,7 +118,7 @@ def plan_pruning(
         )
         # After the weights were read: what identifies them was gathered on the way.
         said = {**_provenance(source, recipe, calibration), **made.provenance}
-        return made.model_copy(update={"provenance": said}), scores
+        return made.model_copy(update={"provenance": said, "rotated": scores.rotation is not None}), scores
 
     if recipe.iterative_steps == 1:
         single, scores = decide(source, recipe.share)
@@ -219,6 +216,12 @@ def apply_plan(model: str | Path, plan: Plan, out: str | Path, *, overwrite: boo
     Raises UsageError or ModelError where they do not fit each other; nothing is left at `out` then.
     """
     source = Source.open(model)
+    if plan.rotated:
+        raise UsageError(
+            "the plan keeps channels of a basis that was measured, and a plan holds no basis",
+            where="plan",
+            fix="pared prune with --criterion rotation",
+        )
     plan.check(source.layout)
     with _writer(source, out, overwrite) as writer:
         recorded = plan.provenance.get("source", {}).get("digest")
@@ -275,6 +278,10 @@ def prune(
     check_vocabulary(recipe)
     source = Source.open(model, tokenizer)
     recipe = resolve(recipe, source)
+    if recipe.criterion == "rotation":
+        if recipe.iterative_steps > 1:
+            raise UsageError("a rotation is found and cut in one step", where="--iterative-steps", fix="--iterative-steps 1")
+        source = source.untied()
     axes = scored_axes(source.layout, recipe)
     if axes and recipe.keep_tokens_from is None:
         check_amount(_budget(source, recipe, axes, recipe.share), recipe.allocate or "uniform")  # before weights are read
@@ -325,6 +332,7 @@ def prune(
             report["experts_never_routed"] = scores.never_visited()
         result: PreTrainedModel | None = None
         chooses = bool(reselected(recipe, source.layout))
+        turned = _turned(source, plan, scores)
 
         def refitted(at: Reached | None = None) -> Iterator[Refitted] | None:
             if not (chooses or not dry_run):
@@ -334,12 +342,12 @@ def prune(
         if writer is not None:
             space = sum(t.nbytes for t in source.checkpoint.tensors.values()) if source.checkpoint else 0
             check_disk(writer.partial, int(space * plan.after.params / plan.before.params), "the result", "free some space")
-            where, plan = backing_off(means, lambda: _write(source, plan, writer, recipe, refitted, vocabulary, means))
+            where, plan = backing_off(means, lambda: _write(source, plan, writer, recipe, refitted, vocabulary, means, turned))
             report["out"] = str(where)
         elif rank() > 0:
             plan = chosen_again(plan, refitted())
         elif not dry_run:
-            result, plan = cut_refitted(source.resident(), source.layout, plan, refitted())
+            result, plan = cut_refitted(source.resident(), source.layout, plan, refitted(), turned)
         elif chooses:
             plan = chosen_again(plan, refitted())
     report["seconds"] = round(time.perf_counter() - started, 2)
@@ -357,9 +365,17 @@ def _write(
     refitted: Callable[[Reached | None], Iterator[Refitted] | None],
     vocabulary: Retokenized | None,
     means: Means,
+    turned: Turned,
 ) -> tuple[Path, Plan]:
     steps = Written(means.journal if size() == 1 else None, writer, means.resources.pool())
-    return write_pruned(source, plan, writer, recipe, refitted(steps.reached), vocabulary, steps)
+    return write_pruned(source, plan, writer, recipe, refitted(steps.reached), vocabulary, steps, turned)
+
+
+def _turned(source: Source, plan: Plan, scores: Scores) -> Turned:
+    """What gives tensors in the basis that hidden channels are cut in; those of the source itself where that is its own."""
+    if scores.rotation is None:
+        return lambda read: read
+    return functools.partial(scores.rotation.reader, source.layout, kept=plan.sizes(None, source.layout)["hidden"])
 
 
 def _planned(
@@ -374,9 +390,9 @@ def _planned(
     journal = means.journal
     found = once(lambda: journal.read("plan") if journal is not None else None)
     if found is not None:
-        return Plan.model_validate(found["plan"]), Scores(
-            visits={int(i): torch.tensor(counts) for i, counts in found["visits"].items()}
-        )
+        plan = Plan.model_validate(found["plan"])
+        turned = Rotation.read(journal) if plan.rotated and journal is not None else None
+        return plan, Scores(visits={int(i): torch.tensor(n) for i, n in found["visits"].items()}, rotation=turned)
     plan, scores = backing_off(
         means,
         lambda: plan_pruning(source, recipe, calibration=text, vocabulary=vocabulary, progress=progress, means=means),
@@ -384,6 +400,8 @@ def _planned(
     made = plan
     plan = once(lambda: made)
     if journal is not None:
+        if scores.rotation is not None:
+            scores.rotation.write(journal)
         visits = {str(i): counts.tolist() for i, counts in scores.visits.items()}
         journal.write("plan", {"plan": plan.model_dump(mode="json"), "visits": visits})
         reached("planned")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,10 @@ class Source:
         checkpoint = what if isinstance(what, Checkpoint) else Checkpoint.open(what)
         config, per_layer = modeling.make_config(checkpoint.config)
         return cls(checkpoint, None, tokenizer, config, per_layer, proved_layout(config, per_layer))
+
+    def untied(self) -> Source:
+        """The same, its head counted and written as a tensor of its own."""
+        return replace(self, layout=replace(self.layout, tied={}))
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:

@@ -35,6 +35,10 @@ from pared.structure import (
 )
 from pared.vocabulary import remap_ids
 
+# Reads tensors by name; and the same, of a model in another basis.
+Read = Callable[[str], Tensor]
+Turned = Callable[[Read], Read]
+
 
 class ConfigRefuses(ModelError):
     """The validators of a config class do not accept the sizes."""
@@ -54,6 +58,8 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
     data = with_layers(config, config_entries(config), sources)
     if (new := plan.numbering(layout)) is not None:
         data = remap_ids(data, new, "config.json")
+    if plan.rotated:
+        data["tie_word_embeddings"] = False
     if said := {int(i): e for i, e in (data.get(PER_LAYER) or {}).items()}:  # of families that say it by themselves
         data[PER_LAYER] = {i: said[source] for i, source in enumerate(sources) if source in said}
     changed = {a for i, own in enumerate(shapes) for a in own if own[a] != layout.layer_sizes[sources[i]].get(a)}
@@ -260,14 +266,14 @@ def keep_scale(
     if outward != 1.0:
         if (norm := last_norm(result)) is None:
             raise ModelError("the scale of the logits follows the hidden size, and no last norm can make up for it")
-        offset = _norm_offset(result.get_submodule(norm))
+        offset = norm_offset(result.get_submodule(norm))
         for leaf, at_rest in (("weight", offset), ("bias", 0.0)):
             if (name := f"{norm}.{leaf}") in state:
                 out[name] = ((state[name].double() + at_rest) * outward - at_rest).to(state[name].dtype)
     return out
 
 
-def _norm_offset(norm: nn.Module) -> float:
+def norm_offset(norm: nn.Module) -> float:
     """What a norm adds to its weight before multiplying: 1 for Gemma's, 0 for the others."""
     probe = copy.deepcopy(norm).to_empty(device="cpu").float()
     with torch.no_grad():
@@ -282,17 +288,22 @@ def cut_model(model: PreTrainedModel, layout: Layout, plan: Plan) -> PreTrainedM
 
 
 def cut_refitted(
-    model: PreTrainedModel, layout: Layout, plan: Plan, refitted: Iterator[Any] | None
+    model: PreTrainedModel,
+    layout: Layout,
+    plan: Plan,
+    refitted: Iterator[Any] | None,
+    turned: Turned = lambda read: read,
 ) -> tuple[PreTrainedModel, Plan]:
-    """The same with blocks that were refitted, and the plan with the units that they kept. refitted: as in run.write_pruned."""
+    """The same with blocks that were refitted, and the plan with the units that they kept. refitted, turned: as in
+    output.write_pruned."""
     plan.check(layout)
-    state = model.state_dict()
-    cut = cut_outside(layout, plan, state.__getitem__)
+    read = turned(model.state_dict().__getitem__)
+    cut = cut_outside(layout, plan, read)
     for i in range(len(plan.layers)):
         done = next(refitted) if refitted is not None else None
         if done is not None:
             plan = plan.with_layer(i, done.layer)
-        cut.update(cut_block(layout, plan, i, state.__getitem__, done.tensors if done is not None else None))
+        cut.update(cut_block(layout, plan, i, read, done.tensors if done is not None else None))
     config, _ = modeling.make_config(model.config.to_dict())
     return assemble(config, layout, plan, cut, generation_config=model.generation_config), plan
 

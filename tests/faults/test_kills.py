@@ -23,6 +23,7 @@ RUNS = {
     "forward": ["--structures", "ffn", "--remove", "0.3", "--criterion", "wanda_sp", "--compensate", "refit"],
     "weights": ["--structures", "ffn", "--remove", "0.3", "--criterion", "l2", "--compensate", "none"],
     "removals": ["--structures", "attention,mlp", "--shape", "per-layer", "--remove", "0.5", "--criterion", "perplexity"],
+    "rotation": ["--structures", "hidden", "--criterion", "rotation", "--remove", "0.3"],
     "back": ["--structures", "layer", "--remove", "0.3", "--criterion", "taylor"],
 }
 

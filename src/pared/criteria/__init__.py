@@ -33,6 +33,7 @@ Needs = Literal[
     "squared-gradients",
     "removal",
     "runs",
+    "rotation",
 ]
 # Structures that are one unit in each layer: all entries of all tensors are parts of it.
 WHOLE = ("layer", *SUBLAYERS)
@@ -181,7 +182,7 @@ class Stats:
     moments: of the inputs. second_moments: E[a a^T] of the inputs, fp32 [n, n]. output_fisher: E[g g^T] of the loss's
     gradient at the outputs, fp32 [out, out], scaled to one token's own loss. gradients: of the mean loss, fp32. squared: mean over sequences of the squared gradient of
     the sequence's mean loss. cosine: of a layer or a sublayer, mean over tokens of
-    cos(block output without it, block output). run_angle: of the best run of layers that this one is in. loss_without: mean loss of
+    cos(block output without it, block output). run_angle: of the best run of layers that this one is in. energy: of the stream's channels in its principal basis [hidden]. loss_without: mean loss of
     the model when the layer is left out, at the moment of the search when it went. routing: None where the block's experts
     do not show it. seed: of the run.
     """
@@ -193,6 +194,7 @@ class Stats:
     output_fisher: dict[str, Tensor] = field(default_factory=dict)
     cosine: dict[str, float] = field(default_factory=dict)
     run_angle: float | None = None
+    energy: Tensor | None = None
     loss_without: float | None = None
     routing: Routing | None = None
     seed: int = 0
