@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import pared
 import tiny
+from pared.accounting import account
 from pared.calibration import Batch
+from pared.checkpoint import Checkpoint
 from pared.errors import ModelError, UsageError
 from pared.plan import LayerPlan, Plan, to_ranges
 from pared.proof import proved_layout
@@ -32,8 +34,6 @@ def rotation_of(model: PreTrainedModel) -> Rotation:
 
 
 def turned(model: PreTrainedModel, basis: Rotation, kept: int) -> PreTrainedModel:
-    from pared.accounting import account
-
     layout = Source.open(model).untied().layout
     now = account(layout)
     plan = Plan(
@@ -82,6 +82,19 @@ def test_a_model_that_another_basis_would_change_is_refused_with_the_reason(fami
     with pytest.raises(ModelError, match="can not be rotated") as caught:
         rotation_of(tiny.model(family))
     assert why in caught.value.what
+
+
+def test_a_streamed_checkpoint_and_other_batches_have_the_same_basis(tmp_path: Path) -> None:
+    model = tiny.model("llama")
+    layout, one = proved_layout(model.config), rotation_of(model)
+    saved = Checkpoint.open(tiny.save(model, tmp_path / "dense"))
+    streamed = find_rotation(Stream(saved, layout), [Batch(IDS, None)], lambda *a: None)
+    assert torch.equal(streamed.basis, one.basis) and torch.equal(streamed.energy, one.energy)
+    padded = torch.cat([torch.zeros(8, 3, dtype=torch.long), IDS], 1)
+    mask = torch.cat([torch.zeros(8, 3, dtype=torch.long), torch.ones_like(IDS)], 1)
+    for batches in ([Batch(row[None], None) for row in IDS], [Batch(padded, mask)]):
+        other = find_rotation(Stream(model, layout), batches, lambda *a: None)
+        assert tiny.close(other.energy, one.energy, 1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
