@@ -61,6 +61,7 @@ METHODS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "hidden channels rotated": ({"criterion": "rotation", "structures": ("hidden",), "compensate": "none"}, BOTH[:1]),
     "pared quick": ({"effort": "quick"}, BOTH),
     "pared default": ({}, BOTH),
+    "pared default with layers": ({"structures": ("layer", "kv", "query", "ffn")}, BOTH[:1]),
     "pared max": ({"effort": "max"}, BOTH),
 }
 

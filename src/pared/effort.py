@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from pared.blockparts import sole_consumer
+from pared.budget import Budget
+from pared.budget.mixture import fewer_layers
 from pared.budget.trials import Judges
 from pared.calibration import Batch
+from pared.criteria import get_criterion
 from pared.criteria.obs import AXES
-from pared.estimate import Scores
+from pared.depth import Depth
+from pared.estimate import Progress, Scores, estimate
 from pared.recipe import Recipe
 from pared.stream import Stream, unpadded
 from pared.structure import Layout
@@ -16,12 +21,16 @@ from pared.structure import Layout
 # Generations of a search, and steps of reconstruction at the highest effort.
 GENERATIONS = {"quick": 4, "default": 8, "max": 32}
 STEPS = 200
+# Layers beside other structures are scored on one sequence in so many: each removal takes a pass over the blocks for half of
+# the layers.
+FEW = 8
 
 
 def measures(recipe: Recipe, layout: Layout, axes: tuple[str, ...]) -> bool:
     """Whether sizes are chosen by the KL of trial models: those are made by second-order selection and a refit."""
-    chosen = reselected(recipe, layout)
-    return set(axes) <= chosen and tried(layout, axes) and (recipe.shape == "uniform" or recipe.allocate == "search")
+    width = tuple(a for a in axes if a != "layer")  # of layers, trial models say how many go
+    chosen = bool(width) and set(width) <= reselected(recipe, layout) and tried(layout, width)
+    return chosen and (recipe.shape == "uniform" or recipe.allocate == "search" or "layer" in axes)
 
 
 def tried(layout: Layout, axes: tuple[str, ...]) -> bool:
@@ -65,3 +74,16 @@ def no_scores(layout: Layout, axes: tuple[str, ...]) -> Scores:
             if layout.holders(axis, i):
                 out.of[i, axis] = torch.zeros(sizes[axis] * sizes.get(layout.parents.get(axis, ""), 1))
     return out
+
+
+def some_rows(rows: list[Batch]) -> list[Batch]:
+    """The sequences that layers beside other structures are scored on."""
+    return rows[: max(1, len(rows) // FEW)]
+
+
+def layers_by_loss(stream: Stream, budget: Budget, batches: list[Batch], going: int, progress: Progress) -> Tensor:
+    """What layers are worth where the criterion does not say: the loss without, as far as any mixture may go."""
+    most = max([going, *(budget.layout.num_layers - shape.layers for shape in fewer_layers(budget))])
+    depth = Depth(most, protected=budget.protected)
+    found = estimate(stream, get_criterion("perplexity"), ("layer",), batches, depth=depth, progress=progress)
+    return found.of[None, "layer"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pared import modeling
 from pared.checkpoint import place_of
 from pared.compensate import Reached, Refitted
 from pared.errors import UsageError
+from pared.estimate import Scores
 from pared.journal import Journal, reached
 from pared.models import NATIVE
 from pared.per_layer import PerLayer
@@ -158,3 +160,10 @@ def write_pruned(
     writer.add_file("README.md", model_card(plan, source.name, per_layer=bool(per_layer), own_head_size=own_head_size))
     reached("files")
     return writer.commit(), plan
+
+
+def turned_by(source: Source, plan: Plan, scores: Scores) -> Turned:
+    """What gives tensors in the basis that hidden channels are cut in; those of the source itself where that is its own."""
+    if scores.rotation is None:
+        return lambda read: read
+    return functools.partial(scores.rotation.reader, source.layout, kept=plan.sizes(None, source.layout)["hidden"])

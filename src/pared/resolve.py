@@ -88,7 +88,7 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
     """The recipe with everything that it left open decided.
 
     Second-order selection where every structure is a dense layer's own; weighted by gradients where layers compete by
-    score. Elsewhere (experts' channels, hidden channels, layers) first-order Taylor scores all kinds alike.
+    score. Layers beside them go by the loss without. Elsewhere (experts' channels, hidden channels, layers alone) first-order Taylor scores all kinds alike.
     """
     axes = scored_axes(source.layout, recipe)
     if not axes:
@@ -96,6 +96,7 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
     inside = not {"layer", "hidden"} & set(axes)
     routed = {"expert", *(a for a, parent in source.layout.parents.items() if parent == "expert")}
     inner = {a for a in axes if a not in SUBLAYERS} | (routed if "mlp" in axes else set())
+    inner -= {"layer"} if inner - {"layer"} else set()  # scored by themselves then
     dense = all(a in get_criterion("obs").axes_or(axes) and a not in routed for a in inner)
     quick = recipe.effort == "quick"
     compensate = recipe.compensate or ("refit" if quick and not recipe.reconstruct else "sequential")

@@ -22,12 +22,12 @@ from pared.compose import compose
 from pared.criteria import get_criterion
 from pared.depth import Depth
 from pared.distributed import first_row, once, own_rows, rank, size
-from pared.effort import GENERATIONS, judges, measures, no_scores, reselected
+from pared.effort import GENERATIONS, judges, layers_by_loss, measures, no_scores, reselected, some_rows
 from pared.errors import UsageError
 from pared.estimate import Progress, Scores, estimate, silent
 from pared.journal import Journal, reached, stopping_at_steps
 from pared.means import Means, backing_off, key_of, noted_calibration, resources_of, tell, versions
-from pared.output import Written, write_pruned
+from pared.output import Written, turned_by, write_pruned
 from pared.plan import Plan
 from pared.recipe import Recipe, make_recipe
 from pared.resolve import calibrate, compute_dtype, resolve, scored_axes
@@ -92,14 +92,16 @@ def plan_pruning(
         budget = _budget(now, recipe, axes, share)
         budget.vocab = whole.vocab
         measured = measures(recipe, now.layout, axes)
-        if measured and not criterion.comparable and set(axes) <= reselected(recipe, now.layout):
-            scores = no_scores(now.layout, axes)  # sizes are measured, and units chosen in the walk that refits
+        going = now.layout.num_layers - allocate_uniform(budget).layers if "layer" in axes else 0
+        apart = {"layer"} < set(axes) and "layer" not in criterion.axes_or(axes) and criterion.needs != "rotation"
+        scored = tuple(a for a in axes if not (apart and a == "layer"))
+        if measured and not criterion.comparable and set(scored) <= reselected(recipe, now.layout):
+            scores = no_scores(now.layout, scored)  # sizes are measured, and units chosen in the walk that refits
         else:
-            going = now.layout.num_layers - allocate_uniform(budget).layers if "layer" in axes else 0
             scores = estimate(
                 stream,
                 criterion,
-                axes,
+                scored,
                 mine,
                 reduction=recipe.reduction,
                 seed=recipe.seed,
@@ -107,6 +109,9 @@ def plan_pruning(
                 progress=progress,
                 journal=means.journal if recipe.iterative_steps == 1 and size() == 1 else None,
             )
+        if apart:
+            few = together(own_rows(some_rows(calibration.batches(1) if calibration else [])), means.resources.batch)
+            scores.of[None, "layer"] = layers_by_loss(stream, budget, few, going, progress)
         made = make_plan(
             budget,
             scores,
@@ -332,7 +337,7 @@ def prune(
             report["experts_never_routed"] = scores.never_visited()
         result: PreTrainedModel | None = None
         chooses = bool(reselected(recipe, source.layout))
-        turned = _turned(source, plan, scores)
+        turned = turned_by(source, plan, scores)
 
         def refitted(at: Reached | None = None) -> Iterator[Refitted] | None:
             if not (chooses or not dry_run):
@@ -369,13 +374,6 @@ def _write(
 ) -> tuple[Path, Plan]:
     steps = Written(means.journal if size() == 1 else None, writer, means.resources.pool())
     return write_pruned(source, plan, writer, recipe, refitted(steps.reached), vocabulary, steps, turned)
-
-
-def _turned(source: Source, plan: Plan, scores: Scores) -> Turned:
-    """What gives tensors in the basis that hidden channels are cut in; those of the source itself where that is its own."""
-    if scores.rotation is None:
-        return lambda read: read
-    return functools.partial(scores.rotation.reader, source.layout, kept=plan.sizes(None, source.layout)["hidden"])
 
 
 def _planned(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pared.axes import Nested
 from pared.budget import Budget, Sizes
+from pared.budget.mixture import allocate_mixed
 from pared.budget.ranked import allocate_ranked, check_reach
 from pared.budget.search import search
 from pared.budget.trials import Judges
@@ -90,12 +92,16 @@ def make_plan(
     _check_whole_layers(budget)
     if allocate != "uniform":
         raise UsageError(f"unknown allocation {allocate!r}", where="--allocate", fix=f"one of {', '.join(ALLOCATIONS)}")
-    chosen = allocate_uniform(budget, judges.quick if judges is not None else None)
-    kept = list(range(layout.num_layers))
+    worth: list[int] = list(range(layout.num_layers))  # what stays longest comes first
     if "layer" in budget.axes:
         value = scores.of[None, "layer"].clone()
         value[list(budget.protected)] = float("inf")
-        kept = sorted(value.argsort(descending=True, stable=True)[: chosen.layers].tolist())
+        worth = value.argsort(descending=True, stable=True).tolist()
+    if judges is not None and "layer" in budget.axes:
+        chosen = allocate_mixed(budget, judges.quick, functools.partial(judges.sequential, share=1.0), worth[::-1])
+    else:
+        chosen = allocate_uniform(budget, judges.quick if judges is not None else None)
+    kept = sorted(worth[: chosen.layers])
     sizes = {i: {} if i in budget.protected else dict(chosen.sizes) for i in kept}
     return _plan(budget, scores, sizes, kept, chosen.hidden, shape, provenance)
 

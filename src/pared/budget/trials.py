@@ -87,6 +87,8 @@ def score_shapes(
     """KL to the dense model of each shape, on `batches`. levels: gives a block's levels from the dense hidden
     states that enter it, when its turn comes.
 
+    Layers of which a shape has no unit of "layer" are passed by; the block before them is refitted to bridge the gap.
+
     Each candidate is refitted block by block on what its own earlier blocks give for the sequences in `fit`; where there
     are none, on dense inputs. only_seen: sequences that only the dense model runs, for `levels`, which gets them first.
     """
@@ -97,34 +99,63 @@ def score_shapes(
     # Candidates that are alike up to here share one path: the number of the path that each is on; 0 is the dense one.
     paths, on = [dense], [0] * len(shapes)
     for i in range(stream.num_layers):
+        gaps = [_gap(shape, i, stream.num_layers) if fit else 0 for shape in shapes]
+        beyond = _past(stream, i, dense[: len(fit)], set(gaps))
         with stream.block(i) as block, torch.no_grad():
             seen_only, here = levels(i, block, seen_only + dense)
             keys = [tuple(sorted(here.shrunk(shape.get(i, {})).items())) for shape in shapes]
             if not fit:
                 here.prepare([dict(k) for k in keys])
-            steps: dict[tuple[int, Key], int] = {(0, ()): 0}
+            steps: dict[tuple[int, Key, int], int] = {(0, (), 0): 0}
             after, seen = [], None
-            if fit and any(keys):
-                walk = Walk(stream, i, block, here.select(dict(next(k for k in keys if k))), method)
+            if fit and (any(keys) or any(gaps)):
+                walk = Walk(stream, i, block, here.select(dict(next((k for k in keys if k), ()))), method)
                 seen = Remembered(stream, block, i, walk.stages(dense), dense, len(fit))
                 after.append(seen.at)
             else:
                 after.append(stream.through(block, i, dense, keep=True))
             for k, key in enumerate(keys):
-                if (on[k], key) not in steps:
-                    steps[on[k], key] = len(after)
+                step = (on[k], key, gaps[k]) if _stays(shapes[k], i) else (on[k], (("layer", 0),), 0)
+                if step not in steps:
+                    steps[step] = len(after)
                     before = paths[on[k]]
-                    if seen is not None and key:
-                        walk = Walk(stream, i, block, here.select(dict(key)), method)
+                    if not _stays(shapes[k], i):
+                        after.append(before)
+                    elif seen is not None and (key or gaps[k]):
+                        walk = Walk(stream, i, block, here.select(dict(key)), method, beyond.get(gaps[k]))
                         moved = walk.follow(seen, before[:] if on[k] else None)
                         after.append(after[0] if moved is None else moved)
                     else:
                         module = here.module(stream, block, dict(key))
                         after.append(stream.through(module, i, before, keep=True))
-                on[k] = steps[on[k], key]
+                on[k] = steps[step]
             paths, dense = after, after[0]
     found = divergences(stream, paths[0][len(fit) :], [p[len(fit) :] for p in paths])
     return [found[p] for p in on]
+
+
+def _stays(shape: Shape, i: int) -> bool:
+    return shape.get(i, {}).get("layer") != 0
+
+
+def _gap(shape: Shape, i: int, layers: int) -> int:
+    """How many layers go right behind layer i; 0 where that goes itself."""
+    end = i + 1
+    while end < layers and not _stays(shape, end):
+        end += 1
+    return end - i - 1 if _stays(shape, i) else 0
+
+
+@torch.no_grad()
+def _past(stream: Stream, i: int, dense: States, gaps: set[int]) -> dict[int, States]:
+    """The dense stream past so many layers behind layer i, from what enters that; nothing for gaps of none."""
+    out: dict[int, States] = {}
+    for j in range(i, i + max(gaps, default=0) + 1) if gaps - {0} else ():
+        with stream.block(j) as block:
+            dense = stream.through(block, j, dense, keep=True)
+        if j - i in gaps - {0}:
+            out[j - i] = dense
+    return out
 
 
 @torch.no_grad()

@@ -43,18 +43,18 @@ def allocate_uniform(budget: Budget, judge: Callable[[list[PerLayer]], list[floa
     judge: gives the loss of shapes (sizes for each layer), and some splits between the kinds of structure are then
     compared by it; without it the most balanced one is taken.
     """
-    enough = _enough(budget)
+    enough = enough_removed(budget)
     if judge is not None:
         tried = [shape for _, shape in _spread(budget, enough)]
         if len(tried) > 1:
             losses = judge([per_layer(budget, shape) for shape in tried])
-            return _best_written(budget, sorted(zip(losses, tried, strict=True), key=lambda e: e[0]), relative=True)
-    return _best_written(budget, enough)
+            return best_written(budget, sorted(zip(losses, tried, strict=True), key=lambda e: e[0]), relative=True)
+    return best_written(budget, enough)
 
 
 def uniform_shapes(budget: Budget) -> list[Shape]:
     """Some uniform shapes that meet the budget, from much attention and little FFN to the reverse."""
-    return [shape for _, shape in _spread(budget, _enough(budget))]
+    return [shape for _, shape in _spread(budget, enough_removed(budget))]
 
 
 def per_layer(budget: Budget, shape: Shape) -> PerLayer:
@@ -78,7 +78,7 @@ def _spread(budget: Budget, shapes: list[tuple[float, Shape]]) -> list[tuple[flo
     return near
 
 
-def _enough(budget: Budget) -> list[tuple[float, Shape]]:
+def enough_removed(budget: Budget) -> list[tuple[float, Shape]]:
     """(imbalance, shape) of all that remove the amount asked for, best first."""
     enough: list[tuple[float, Shape]] = []
     most = 0.0
@@ -88,14 +88,14 @@ def _enough(budget: Budget) -> list[tuple[float, Shape]]:
         shape = _fill(budget, coarse, alike(coarse.get("layer", budget.layout.num_layers)))
         most = max(most, shape.removed / total)
         if shape.removed >= budget.target:
-            penalty = _imbalance(budget, shape) + 10 * (shape.removed - budget.target) / total
+            penalty = imbalance(budget, shape) + 10 * (shape.removed - budget.target) / total
             enough.append((round(penalty, 12), shape))
     if not enough:
         raise budget.unreachable(most)
     return sorted(enough, key=lambda e: e[0])
 
 
-def _best_written(budget: Budget, shapes: list[tuple[float, Shape]], *, relative: bool = False) -> Shape:
+def best_written(budget: Budget, shapes: list[tuple[float, Shape]], *, relative: bool = False) -> Shape:
     """The best of these, best first, that a config can say, those of the model's own type at an advantage.
 
     relative: the advantage is a share of the penalty rather than an imbalance.
@@ -190,7 +190,7 @@ def _ladder(n: int, step: int) -> list[int]:
     return [n, *range((n - 1) // step * step, 0, -step)]
 
 
-def _imbalance(budget: Budget, shape: Shape) -> float:
+def imbalance(budget: Budget, shape: Shape) -> float:
     """How unlike the shares are that the kinds of structure lose: attention, FFN, hidden, depth."""
     full = budget.full()
     lost: list[float] = []
