@@ -16,13 +16,14 @@ import contextlib
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import pared
-from pared.calibration import inference, sample_from_model
+from pared.calibration import inference, pack, read_documents, sample_from_model, tokenize_documents
 from pared.errors import ParedError
 from pared.evaluate.perplexity import Logits, Windows, logits_of, measure, protocol, windows
 from pared.recipe import load_recipe
@@ -44,9 +45,6 @@ METHODS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "Wanda-sp": ({"criterion": "wanda_sp", "compensate": "none"}, BOTH),
     "FLAP's metric": ({"criterion": "flap", "compensate": "none"}, BOTH),
     "LLM-Pruner's recipe": ({"recipe": "llm-pruner"}, ("per-layer",)),
-    "OBS": ({"criterion": "obs", "compensate": "none"}, BOTH),
-    "Wanda-sp + refit": ({"criterion": "wanda_sp", "compensate": "refit"}, BOTH),
-    "Taylor + sequential refit": ({"criterion": "taylor"}, BOTH),
     "ShortGPT's layers": ({"criterion": "block_influence", "structures": ("layer",), "compensate": "none"}, BOTH[:1]),
     "layers by influence + bridge": ({"criterion": "block_influence", "structures": ("layer",)}, BOTH[:1]),
     "layers by angle + bridge": ({"criterion": "angular", "structures": ("layer",)}, BOTH[:1]),
@@ -59,6 +57,13 @@ METHODS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "hidden channels by L2": ({"criterion": "l2", "structures": ("hidden",), "compensate": "none"}, BOTH[:1]),
     "hidden channels by Taylor": ({"criterion": "taylor", "structures": ("hidden",), "compensate": "none"}, BOTH[:1]),
     "hidden channels rotated": ({"criterion": "rotation", "structures": ("hidden",), "compensate": "none"}, BOTH[:1]),
+    "OBS": ({"criterion": "obs", "compensate": "none"}, BOTH),
+    "Minitron + our refit": ({"criterion": "minitron", "compensate": "sequential"}, BOTH),
+    "Wanda-sp + our refit": ({"criterion": "wanda_sp", "compensate": "sequential"}, BOTH),
+    "FLAP's metric + our refit": ({"criterion": "flap", "compensate": "sequential"}, BOTH),
+    "Taylor + our refit": ({"criterion": "taylor", "compensate": "sequential"}, BOTH),
+    "Taylor, second order + our refit": ({"criterion": "taylor-second", "compensate": "sequential"}, BOTH),
+    "Fisher-OBS ranked + our refit": ({"criterion": "obs-fisher", "allocate": "global"}, BOTH[1:]),
     "pared quick": ({"effort": "quick"}, BOTH),
     "pared default": ({}, BOTH),
     "pared default with layers": ({"structures": ("layer", "kv", "query", "ffn")}, BOTH[:1]),
@@ -77,35 +82,127 @@ def main() -> None:
     parser.add_argument("--remove", default="0.2,0.3,0.5")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--shapes", default=",".join(BOTH))
-    parser.add_argument("--methods", default="", help="a comma-separated part of the methods")
+    parser.add_argument("--methods", default="", help="a part of the methods, with ; between them")
     parser.add_argument("--noted", action="store_true", help="run nothing, write what has been noted so far")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    source = Source.open(args.model)
-    tokenizer, dense = source.get_tokenizer(), pared.load(args.model, dtype=torch.float32)
-    texts = args.text or ["self"]
-    scored = {}
-    for text in texts:
-        if text == "self":
-            ids = sample_from_model(dense, tokenizer, 64, args.seq_len, 1_000_003)
-            cut = Windows(ids, torch.ones(len(ids), dtype=torch.long), None, len(ids), ids.numel())
-        else:
-            cut = windows(text, tokenizer, args.seq_len)
-        if args.max_windows:
-            cut = Windows(
-                cut.ids[: args.max_windows], cut.first_scored[: args.max_windows], None, cut.documents, cut.stream_tokens
-            )
-        with inference(dense):
-            reference = remembered(logits_of(dense))
-            scored[text] = cut, measure(reference, cut), reference
+    args.text = args.text or ["self"]
     shares = [float(r) for r in args.remove.split(",")]
-    names = [n for n in METHODS if not args.methods or n in args.methods.split(",")]
-    lines = []
+    names = [n for n in METHODS if not args.methods or n in args.methods.split(";")]
+    runs = [
+        (shape, name, share, seed)
+        for seed in range(args.seeds)
+        for shape in args.shapes.split(",")
+        for name in names
+        if shape in METHODS[name][1]
+        for share in shares
+    ]
     journal = Journal(
         args.out.with_suffix(".partial.jsonl"),
-        [args.model, args.calibration, texts, args.samples, args.seq_len, args.max_windows],
+        [args.model, args.calibration, args.text, args.samples, args.seq_len, args.max_windows],
     )
+    bench = Bench(args)
+    for run in () if args.noted else runs:
+        if journal.get(key_of(*run)) is None:
+            done = bench.run(*run)
+            journal.put(key_of(*run), done)
+            scores = " / ".join(f"{excess:.3f} ({kl:.3f})" for excess, kl in done["scores"].values()) or done["refused"]
+            print(*run, scores, f"{done['seconds']:.0f} s", sep=" | ", file=sys.stderr, flush=True)
+    args.out.write_text(table(args, bench, journal, names, shares))
+
+
+def key_of(shape: str, name: str, share: float, seed: int) -> list[object]:
+    return [name, METHODS[name][0], shape, share, seed]
+
+
+class Bench:
+    """One model with its calibration and its test windows, tokenised once, and the dense model's logits on these."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.source = args, Source.open(args.model)
+        self.tokenizer, self.dense = self.source.get_tokenizer(), pared.load(args.model, dtype=torch.float32)
+        self.scored = {}
+        for text in args.text:
+            cut = self._windows(text)
+            if args.max_windows:
+                cut = replace(cut, ids=cut.ids[: args.max_windows], first_scored=cut.first_scored[: args.max_windows])
+            with inference(self.dense):
+                reference = remembered(logits_of(self.dense))
+                self.scored[text] = cut, measure(reference, cut), reference
+        self._drawn: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._tokens: list[list[int]] | None = None
+
+    def _windows(self, text: str) -> Windows:
+        if text != "self":
+            return windows(text, self.tokenizer, self.args.seq_len)
+        ids = sample_from_model(self.dense, self.tokenizer, 64, self.args.seq_len, 1_000_003)
+        return Windows(ids, torch.ones(len(ids), dtype=torch.long), None, len(ids), ids.numel())
+
+    def calibration(self, samples: int, length: int, seed: int) -> torch.Tensor:
+        """The windows that `pared prune` would draw: int64 [samples, length]."""
+        key = samples, length, seed
+        if key not in self._drawn and self.args.calibration == "self":
+            self._drawn[key] = sample_from_model(self.dense, self.tokenizer, *key)
+        elif key not in self._drawn:
+            if self._tokens is None:
+                self._tokens = tokenize_documents(read_documents(self.args.calibration), self.tokenizer)
+            every = pack(self._tokens, length)
+            self._drawn[key] = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:samples]]
+        return self._drawn[key]
+
+    def run(self, shape: str, name: str, share: float, seed: int) -> dict[str, Any]:
+        """Prune, and measure on every text: {"seconds", "scores": {text: (excess loss, KL)}}, or why it was refused."""
+        started = time.perf_counter()
+        try:
+            result = self.prune(METHODS[name][0], shape, share, seed)
+        except ParedError as error:
+            return {"seconds": 0.0, "scores": {}, "refused": error.what}
+        seconds = time.perf_counter() - started
+        scores = {}
+        with inference(result), inference(self.dense):
+            for text, (cut, base, reference) in self.scored.items():
+                q = measure(logits_of(result), cut, against=reference)
+                scores[text] = q.nll - base.nll, q.kl or 0.0
+        return {"seconds": seconds, "scores": scores}
+
+    def prune(self, settings: dict[str, object], shape: str, share: float, seed: int) -> torch.nn.Module:
+        """One pruned model, as a live model in fp32."""
+        options: dict[str, Any] = {**settings, "shape": shape}
+        base: dict[str, Any] = {}
+        samples, length = self.args.samples, self.args.seq_len
+        if recipe := options.pop("recipe", None):
+            # Its protected ends are those of a 32-layer model; here they shrink with the depth.
+            layers = self.source.layout.num_layers
+            base = load_recipe(str(recipe))
+            samples, length = base["samples"], base["seq_len"]
+            base |= {"keep_first": max(1, layers * 4 // 32), "keep_last": max(1, layers * 2 // 32)}
+        pruned = pared.prune(
+            pared.load(self.args.model, dtype=torch.float32),
+            tokenizer=self.tokenizer,
+            calibration=self.calibration(samples, length, seed),
+            base=base,
+            remove=share,
+            of="block-params",
+            align=1,
+            seed=seed,
+            **options,
+        )
+        assert pruned.model is not None
+        return pruned.model
+
+
+def table(args: argparse.Namespace, bench: Bench, journal: Journal, names: list[str], shares: list[float]) -> str:
+    """What is noted, with the protocol above it."""
+    texts = args.text
+    lines = [
+        f"# Quality: {Path(args.model).name}\n\n{(__doc__ or '').split(chr(10) * 2)[2].strip()}\n\n"
+        f"Calibration: {Path(args.calibration).name}, {args.samples} windows of {args.seq_len} tokens; {args.seeds} seeds. "
+        f"A cell is excess loss (KL), in nats per token, the number of seeds after it where it is less, — where nothing was run or the amount is out of reach{', for each text in turn' if len(texts) > 1 else ''}. Texts: "
+        + "; ".join(
+            f"{Path(t).name} (dense loss {base.nll:.3f}; {protocol(cut)})" for t, (cut, base, _) in bench.scored.items()
+        )
+    ]
     for shape in args.shapes.split(","):
         lines += [
             f"\n## {shape}\n",
@@ -113,43 +210,16 @@ def main() -> None:
             "| --- |" + " --- |" * (len(shares) + 1),
         ]
         for name in names:
-            settings, shapes = METHODS[name]
-            if shape not in shapes:
+            if shape not in METHODS[name][1]:
                 continue
-            cells, seconds, runs = [], 0.0, 0
+            cells, seconds = [], []
             for share in shares:
-                found: list[dict[str, tuple[float, float]]] = []
-                for seed in range(args.seeds):
-                    key = [name, settings, shape, share, seed]
-                    if (done := journal.get(key)) is None:
-                        if args.noted:
-                            continue
-                        started = time.perf_counter()
-                        try:
-                            result = prune(args, settings, shape, share, seed, source)
-                        except ParedError as error:
-                            print(f"{name}, {shape}, {share:.0%}: {error.what}", file=sys.stderr)
-                            break
-                        done = {"seconds": time.perf_counter() - started, "scores": {}}
-                        with inference(result), inference(dense):
-                            for text, (cut, base, reference) in scored.items():
-                                q = measure(logits_of(result), cut, against=reference)
-                                done["scores"][text] = q.nll - base.nll, q.kl or 0.0
-                        journal.put(key, done)
-                    seconds += done["seconds"]
-                    found.append(done["scores"])
-                runs += len(found)
-                cells.append(" / ".join(_cell([f[t] for f in found], args.seeds) for t in texts))
-            lines.append(f"| {name} | " + " | ".join(cells) + f" | {seconds / max(1, runs):.0f} |")
-            print(lines[-1], file=sys.stderr, flush=True)
-    head = (
-        f"# Quality: {Path(args.model).name}\n\n{(__doc__ or '').split(chr(10) * 2)[2].strip()}\n\n"
-        f"Calibration: {Path(args.calibration).name}, {args.samples} windows of {args.seq_len} tokens; {args.seeds} seeds. "
-        f"A cell is excess loss (KL), in nats per token, the number of seeds after it where it is less, — where nothing was run or the amount is out of reach{', for each text in turn' if len(texts) > 1 else ''}. Texts: "
-        + "; ".join(f"{Path(t).name} (dense loss {base.nll:.3f}; {protocol(cut)})" for t, (cut, base, _) in scored.items())
-        + "\n"
-    )
-    args.out.write_text(head + "\n".join(lines) + "\n")
+                noted = [journal.get(key_of(shape, name, share, seed)) for seed in range(args.seeds)]
+                found = [done for done in noted if done is not None and done["scores"]]
+                seconds += [done["seconds"] for done in found]
+                cells.append(" / ".join(_cell([done["scores"][t] for done in found], args.seeds) for t in texts))
+            lines.append(f"| {name} | " + " | ".join(cells) + f" | {sum(seconds) / max(1, len(seconds)):.0f} |")
+    return "\n".join(lines) + "\n"
 
 
 class Journal:
@@ -167,32 +237,9 @@ class Journal:
         return self.lines.get(json.dumps([self.protocol, *key]))
 
     def put(self, key: list[object], result: dict[str, Any]) -> None:
+        self.lines[json.dumps([self.protocol, *key])] = json.loads(json.dumps(result))
         with self.path.open("a") as stream:
             stream.write(json.dumps({"of": [self.protocol, *key], "result": result}) + "\n")
-
-
-def prune(args: argparse.Namespace, settings: dict[str, object], shape: str, share: float, seed: int, source: Source):
-    """One pruned model, as a live model in fp32."""
-    options = {**settings, "shape": shape}
-    base = {}
-    if recipe := options.pop("recipe", None):
-        # Its protected ends are those of a 32-layer model; here they shrink with the depth.
-        layers = source.layout.num_layers
-        base = {**load_recipe(str(recipe)), "keep_first": max(1, layers * 4 // 32), "keep_last": max(1, layers * 2 // 32)}
-    else:
-        options |= {"samples": args.samples, "seq_len": args.seq_len}
-    model = pared.load(args.model, dtype=torch.float32)
-    return pared.prune(
-        model,
-        tokenizer=source.get_tokenizer(),
-        calibration=args.calibration,
-        base=base,
-        remove=share,
-        of="block-params",
-        align=1,
-        seed=seed,
-        **options,
-    ).model
 
 
 def remembered(logits: Logits) -> Logits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ import pared
 import tiny
 from pared.budget import Amount, Budget
 from pared.budget.levels import measure_levels
-from pared.budget.search import Shape, mutate, search
+from pared.budget.search import Shape, combined, mutate, search
 from pared.budget.trials import Judges
 from pared.budget.uniform import allocate_uniform, per_layer, uniform_shapes
 from pared.calibration import Batch
 from pared.compensate import Method, compensate
 from pared.errors import UsageError
+from pared.journal import Journal
 from pared.plan import Plan, layer_plan
 from pared.source import Source
 from pared.stream import Stream
@@ -83,6 +85,53 @@ def test_a_search_that_finds_nothing_gives_back_its_best_start() -> None:
     assert flat.shape == starts[0] and flat.kl == flat.start == 1.0
     best = search(budget, starts, valley, generations=1)
     assert best.start == min(valley(starts, 1.0)) >= best.kl
+
+
+def test_a_search_goes_on_from_any_generation_to_the_same_end(tmp_path: Path) -> None:
+    budget = Budget(layout("llama"), Amount(0.3), AXES, align=1)
+    start, whole = start_of(budget), {}
+    for generations in range(1, 6):  # each goes on from where the one before it ended
+        journal = Journal(tmp_path, {})
+        done = search(budget, [start], valley, generations=generations, seed=4, journal=journal)
+        whole[generations] = done
+    assert done == search(budget, [start], valley, generations=5, seed=4) and done.generations == 5
+    assert whole[1].start == done.start and done.kl < whole[1].kl
+
+    def unwanted(shapes: list[Shape], share: float) -> list[float]:
+        raise AssertionError("nothing is judged anew")
+
+    assert search(budget, [start], unwanted, generations=5, seed=4, journal=Journal(tmp_path, {})) == done
+
+
+@given(st.sampled_from([0.1, 0.3, 0.5]), st.lists(st.floats(-1, 1), min_size=1, max_size=6), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_moves_taken_together_meet_the_budget(share: float, shares: list[float], seed: int) -> None:
+    budget = Budget(layout("llama"), Amount(share), AXES, align=4)
+    rng, shape = torch.Generator().manual_seed(seed), start_of(budget)
+    children = [c for _ in shares if (c := mutate(budget, shape, rng)) is not None]
+    together = combined(budget, shape, children, shares)
+    if together is not None:
+        assert removed(budget, together) >= share - 1e-9
+        for i, sizes in together.items():
+            full = budget.layout.sizes_at(i)
+            assert all(1 <= n <= full[a] and (n == full[a] or n % budget.step(a) == 0) for a, n in sizes.items())
+    assert combined(budget, shape, children, [0.0] * len(children)) is None
+
+
+def test_moves_that_gain_are_taken_together_and_those_that_lose_backwards() -> None:
+    """Where what layers lose adds up, one generation goes further than its best child."""
+    budget = Budget(layout("llama"), Amount(0.3), ("ffn",), align=1)
+    start = start_of(budget)
+    seen: list[tuple[int, float]] = []
+
+    def judge(shapes: list[Shape], share: float) -> list[float]:
+        losses = [10.0 - sum(0.01 * i * s["ffn"] for i, s in shape.items()) for shape in shapes]
+        seen.append((len(shapes), min(losses)))
+        return losses
+
+    found = search(budget, [start], judge, generations=1, seed=1)
+    (_, _), (_, best_child), (judged, best) = seen
+    assert judged == 3 and found.kl == best < best_child
 
 
 def test_protected_layers_are_not_moved() -> None:

@@ -28,7 +28,19 @@ from pared.tensorfile import DTYPE_NAMES, TensorInfo, make_header, read_header, 
 
 FOLDER = ".pared-run"
 # Names of the durable steps. PARED_FAULT=NAME[:N] kills the process at the N-th time that one is reached.
-STEPS = ("claimed", "calibrated", "scores of a block", "scored", "planned", "outside", "block", "files", "manifest", "renamed")
+STEPS = (
+    "claimed",
+    "calibrated",
+    "scores of a block",
+    "scored",
+    "searched",
+    "planned",
+    "outside",
+    "block",
+    "files",
+    "manifest",
+    "renamed",
+)
 FAULT, REACHED, EVERY = "PARED_FAULT", "PARED_STEPS_REACHED", "PARED_EVERY_STEP"
 # A step within a stage is made durable when it would cost at most this share of the time since the last one.
 SHARE = 0.1

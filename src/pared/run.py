@@ -87,6 +87,8 @@ def plan_pruning(
     mine = together(rows, means.resources.batch)
     every = calibration.batches(means.resources.batch) if calibration else []
 
+    journal = means.journal if recipe.iterative_steps == 1 and size() == 1 else None
+
     def decide(now: Source, share: float) -> tuple[Plan, Scores]:
         stream = means.stream(now, recipe)
         budget = _budget(now, recipe, axes, share)
@@ -107,7 +109,7 @@ def plan_pruning(
                 seed=recipe.seed,
                 depth=Depth(going, budget.target, budget.saves, budget.protected),
                 progress=progress,
-                journal=means.journal if recipe.iterative_steps == 1 and size() == 1 else None,
+                journal=journal,
             )
         if apart:
             few = together(own_rows(some_rows(calibration.batches(1) if calibration else [])), means.resources.batch)
@@ -120,6 +122,7 @@ def plan_pruning(
             judges=judges(stream, axes, every, means.resources.batch) if measured else None,
             effort=Effort(recipe.search_steps or GENERATIONS[recipe.effort], recipe.search_minutes, recipe.seed),
             progress=progress,
+            journal=journal,
         )
         # After the weights were read: what identifies them was gathered on the way.
         said = {**_provenance(source, recipe, calibration), **made.provenance}

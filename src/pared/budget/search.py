@@ -1,23 +1,29 @@
 """Search for the sizes of each layer: small moves at a constant budget, judged by the KL of the whole model.
 
-A generation is a handful of children of the best shape so far. All are scored on a few sequences, the better ones again
-on more (successive halving), and one takes the parent's place if it beats it on all of them: the result is never worse
-than the start on the sequences that it was judged by. Evolution at a fixed budget as in EvoPress (arXiv:2410.14649).
+A generation is a handful of children of the best shape so far, scored on a few sequences. On more of them the best child
+is scored again, and so are two shapes that take all children into account: the moves of all that gained together, and
+every move in proportion to what it gained, backwards where it lost. One takes the parent's place if it beats it there:
+the result is never worse than the start on the sequences that it was judged by. Evolution at a fixed budget as in
+EvoPress (arXiv:2410.14649); the third is a step along a gradient that was measured by the children.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 
 from pared.budget import Budget, Sizes
 from pared.errors import UsageError
 from pared.estimate import Progress, silent
+from pared.journal import Journal
 
 Shape = dict[int, Sizes]
+_Key = tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
 # (shapes, share of the judging sequences to use) -> KL of each.
 Judge = Callable[[Sequence[Shape], float], list[float]]
 
@@ -25,6 +31,10 @@ CHILDREN = 8
 SHARES = (0.25, 1.0)
 # A move of channels is up to this share of a layer's.
 REACH = 0.12
+# What a search is called in a journal, and its durable step.
+STAGE, STEP = "search", "searched"
+# Between the seeds of two generations, so that one can begin without those before it.
+_EACH = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,27 @@ class Found:
     generations: int
 
 
+@dataclass
+class _State:
+    """How far a search has come. tried: shapes that were judged; seconds: that it has taken."""
+
+    shape: Shape
+    kl: float
+    start: float
+    tried: dict[_Key, None]
+    reach: float = REACH
+    done: int = 0
+    seconds: float = 0.0
+
+    def record(self) -> dict[str, Any]:
+        return {**vars(self), "shape": _key(self.shape), "tried": list(self.tried)}
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> _State:
+        tried = dict.fromkeys(tuple((i, tuple((a, n) for a, n in s)) for i, s in key) for key in record["tried"])
+        return cls(**{**record, "shape": {i: dict(s) for i, s in record["shape"]}, "tried": tried})
+
+
 def search(
     budget: Budget,
     starts: Sequence[Shape],
@@ -46,45 +77,85 @@ def search(
     minutes: float | None = None,
     seed: int = 0,
     progress: Progress = silent,
+    journal: Journal | None = None,
 ) -> Found:
     """Improve on the best of `starts` for so many generations, or until the minutes are over.
 
     starts: sizes of every axis that may shrink, for each layer, that meet the budget. Without `minutes` the result
-    depends on the seed alone.
+    depends on the seed alone. journal: where each generation is noted, and the last one noted is gone on from.
     """
     if not starts:
         raise UsageError("a search needs a shape to start from", where="--allocate search")
-    started = time.monotonic()
-    rng = torch.Generator().manual_seed(seed)
-    first = judge(starts, 1.0)
-    best = min(range(len(starts)), key=first.__getitem__)
-    shape, kl = starts[best], first[best]
-    reach, done = REACH, 0
-    tried = {_key(s) for s in starts}
-    while done < generations and (minutes is None or time.monotonic() - started < 60 * minutes):
-        children = []
-        for _ in range(4 * CHILDREN):
-            child = mutate(budget, shape, rng, reach)
-            if child is not None and _key(child) not in tried:
-                tried.add(_key(child))
-                children.append(child)
-            if len(children) == CHILDREN:
-                break
-        done += 1
-        if not children:
+    noted = journal.last(STAGE) if journal is not None else None
+    if noted is not None:
+        now = _State.of(noted[1])
+    else:
+        first = judge(starts, 1.0)
+        best = min(range(len(starts)), key=first.__getitem__)
+        now = _State(starts[best], first[best], first[best], dict.fromkeys(map(_key, starts)))
+    started, before = time.monotonic(), now.seconds
+    while now.done < generations and (minutes is None or now.seconds < 60 * minutes):
+        if not _generation(budget, now, judge, torch.Generator().manual_seed(seed + _EACH * now.done)):
             break
-        quick = judge([shape, *children], SHARES[0])
-        order = sorted(range(len(children)), key=lambda k: quick[k + 1])[: max(1, len(children) // 4)]
-        worth = [children[k] for k in order if quick[k + 1] < quick[0]]
-        scores = judge(worth, SHARES[1]) if worth else []
-        if scores and min(scores) < kl:
-            kl = min(scores)
-            shape = worth[scores.index(kl)]
-            reach = min(2 * REACH, 1.2 * reach)
-        else:
-            reach = max(REACH / 8, 0.9 * reach)
-        progress("search", done, generations)
-    return Found(shape, kl, first[best], done)
+        now.seconds = before + time.monotonic() - started
+        progress("search", now.done, generations)
+        if journal is not None:
+            journal.checkpoint(STAGE, STEP, now.done, now.record, {})
+    return Found(now.shape, now.kl, now.start, now.done)
+
+
+def _generation(budget: Budget, now: _State, judge: Judge, rng: torch.Generator) -> bool:
+    """One more generation. False where no move is left to try."""
+    now.done += 1
+    children: list[Shape] = []
+    for _ in range(4 * CHILDREN):
+        child = mutate(budget, now.shape, rng, now.reach)
+        if _fresh(now, child):
+            children.append(child)
+        if len(children) == CHILDREN:
+            break
+    if not children:
+        return False
+    own, *theirs = judge([now.shape, *children], SHARES[0])
+    gains = [own - kl if math.isfinite(kl) else 0.0 for kl in theirs]
+    most, largest = max(gains), max(map(abs, gains)) or 1.0
+    worth = [children[gains.index(most)]] if most > 0 else []
+    gaining = [float(g > 0) for g in gains]
+    for shares in (gaining if sum(gaining) > 1 else [], [g / largest for g in gains]):
+        together = combined(budget, now.shape, children, shares)
+        if _fresh(now, together):
+            worth.append(together)
+    scores = judge(worth, SHARES[1]) if worth else []
+    if scores and min(scores) < now.kl:
+        now.kl = min(scores)
+        now.shape = worth[scores.index(now.kl)]
+        now.reach = min(2 * REACH, 1.2 * now.reach)
+    else:
+        now.reach = max(REACH / 8, 0.9 * now.reach)
+    return True
+
+
+def _fresh(now: _State, shape: Shape | None) -> TypeGuard[Shape]:
+    """Whether a shape has not been judged yet; it counts as judged from here on."""
+    if shape is None or _key(shape) in now.tried:
+        return False
+    now.tried[_key(shape)] = None
+    return True
+
+
+def combined(budget: Budget, shape: Shape, children: Sequence[Shape], shares: Sequence[float]) -> Shape | None:
+    """The moves of several children at once, each in part or backwards, at the budget. None: they come to nothing."""
+    out = {i: dict(sizes) for i, sizes in shape.items()}
+    moved = []
+    for i, sizes in shape.items():
+        full = budget.layout.sizes_at(i)
+        for axis, n in sizes.items():
+            by = sum(share * (child[i][axis] - n) for child, share in zip(children, shares, strict=False))
+            least = budget.step(axis)
+            out[i][axis] = max(least, min(full[axis], _rounded(budget, axis, full[axis], n + round(by)))) if round(by) else n
+        if out[i] != sizes:
+            moved.append(i)
+    return out if moved and meet(budget, out, [i for i in shape if i not in moved] or moved) else None
 
 
 def mutate(budget: Budget, shape: Shape, rng: torch.Generator, reach: float = REACH) -> Shape | None:
@@ -179,5 +250,5 @@ def _draw(n: int, rng: torch.Generator) -> int:
     return int(torch.randint(n, (1,), generator=rng))
 
 
-def _key(shape: Shape) -> tuple[tuple[int, tuple[tuple[str, int], ...]], ...]:
+def _key(shape: Shape) -> _Key:
     return tuple((i, tuple(sorted(s.items()))) for i, s in sorted(shape.items()))

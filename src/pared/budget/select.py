@@ -19,6 +19,7 @@ from pared.budget.trials import Judges
 from pared.budget.uniform import allocate_uniform, uniform_shapes
 from pared.errors import UsageError
 from pared.estimate import Progress, Scores, silent
+from pared.journal import Journal
 from pared.plan import Plan, kept_sizes, layer_plan, to_ranges
 from pared.structure import SUBLAYERS, Layout
 
@@ -62,11 +63,12 @@ def make_plan(
     effort: Effort | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = silent,
+    journal: Journal | None = None,
 ) -> Plan:
     """Decide what goes. Raises UsageError where the amount is out of reach or shape and allocation exclude each other.
 
     judges: measure trial models; a search needs them, and a uniform shape's split between attention and FFN is then
-    measured too. Without them it is balanced.
+    measured too. Without them it is balanced. journal: where a search notes how far it has come.
     """
     layout = budget.layout
     width = [a for a in budget.axes if a not in ("layer", "hidden")]
@@ -87,7 +89,7 @@ def make_plan(
         if allocate == "global":
             ranked = allocate_ranked(budget, scores)
             return _plan(budget, scores, ranked, _not_empty(layout, ranked), None, shape, provenance)
-        sizes, found = _search(budget, scores, judges, effort or Effort(), progress)
+        sizes, found = _search(budget, scores, judges, effort or Effort(), progress, journal)
         return _plan(budget, scores, sizes, every, None, shape, {**(provenance or {}), "search": found})
     _check_whole_layers(budget)
     if allocate != "uniform":
@@ -121,7 +123,7 @@ def _not_empty(layout: Layout, sizes: Mapping[int, Sizes]) -> list[int]:
 
 
 def _search(
-    budget: Budget, scores: Scores, judges: Judges | None, effort: Effort, progress: Progress
+    budget: Budget, scores: Scores, judges: Judges | None, effort: Effort, progress: Progress, journal: Journal | None
 ) -> tuple[dict[int, Sizes], dict[str, float]]:
     """Sizes from a search that starts from the best uniform shapes and, where scores of layers compare, their ranking."""
     if judges is None:
@@ -148,6 +150,7 @@ def _search(
         minutes=effort.minutes,
         seed=effort.seed,
         progress=progress,
+        journal=journal,
     )
     return found.shape, {"kl": found.kl, "start": found.start, "generations": found.generations}
 
