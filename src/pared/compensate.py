@@ -53,8 +53,8 @@ class Method:
     mode: one of MODES. alpha: how much of the drift a consumer is to make up for. inputs: refit what runs before the
     consumers as well. reselect: axes, each of one consumer, whose units are chosen in the
     walk; the plan then says how many.
-    fisher: (layer, consumer's local name) -> E[g g^T] of its output's gradient, which weighs the output's error where
-    units are chosen. steps: of block reconstruction, after the refit. fit: how many of the batches, from the first on, are
+    fisher: (layer, consumer's local name) -> E[g g^T] of its output's gradient, or its diagonal, which weighs the output's
+    error where units are chosen. steps: of block reconstruction, after the refit. fit: how many of the batches, from the first on, are
     fitted to; None: all. guarded: held-out sequences choose the damping and can veto a refit.
     """
 

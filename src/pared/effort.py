@@ -40,10 +40,10 @@ def tried(layout: Layout, axes: tuple[str, ...]) -> bool:
     return set(axes) <= _chosen_alone(layout) and not tied & set(axes)
 
 
-def judges(stream: Stream, axes: tuple[str, ...], batches: list[Batch], size: int) -> Judges:
+def judges(stream: Stream, axes: tuple[str, ...], batches: list[Batch], size: int, scores: Scores) -> Judges:
     """What measures trial models, on the calibration's own sequences, `size` at a time."""
     batches = [Batch(row, None) for b in unpadded(batches) for row in b.input_ids.split(1)]
-    return Judges(stream, axes, batches, size)
+    return Judges(stream, axes, batches, size, scores.power)
 
 
 def reselected(recipe: Recipe, layout: Layout) -> frozenset[str]:

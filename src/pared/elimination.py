@@ -65,7 +65,10 @@ class Elimination:
         return (self._place[columns] >= 0).to(columns.device)
 
     def weigh(self, fisher: Tensor) -> None:
-        """Count errors of the output by G = E[g g^T] [out, out]: E||g^T dy||^2. Any factor of G does."""
+        """Count errors of the output by G = E[g g^T] [out, out], or its diagonal [out]: E||g^T dy||^2. Any factor of G does."""
+        if fisher.ndim == 1:
+            self.v *= fisher.to(self.v).clamp(min=0).sqrt()[:, None]
+            return
         values, vectors = torch.linalg.eigh(fisher.double())
         self.v = (values.clamp(min=0).sqrt()[:, None] * vectors.T).float() @ self.v
 

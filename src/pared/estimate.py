@@ -25,11 +25,15 @@ from pared.journal import Journal
 from pared.plan import to_ranges
 from pared.rotation import Rotation, find_rotation
 from pared.routing import Visits, expert_modules, watched
+from pared.secondmoments import SecondMoments
 from pared.spill import States
 from pared.stream import Stream, Visit, nothing_around, observed, unpadded
 from pared.structure import Layout, sublayer_of
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+_POWER = "gradient power."
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -41,13 +45,15 @@ class Scores:
     """Importance, larger = keep. of: (layer, axis) -> fp32 [units]; layer is None for "hidden" and for "layer".
 
     Units of a nested axis count parent-major: query head q of KV group k is unit k * query + q.
-    visits: layer -> int64 [experts], calibration tokens sent to each, where they were seen; not in the file of scores.
-    rotation: the basis that the scores of hidden channels are in, where it is not the model's own; not in the file either.
+    visits: layer -> int64 [experts], calibration tokens sent to each, where they were seen. power: (layer, consumer's local
+    name) -> fp32 [out], the mean square of the loss's gradient at its output, where it was measured. rotation: the basis
+    that the scores of hidden channels are in, where it is not the model's own. None of these is in the file of scores.
     """
 
     of: dict[tuple[int | None, str], Tensor] = field(default_factory=dict)
     comparable: bool = False
     visits: dict[int, Tensor] = field(default_factory=dict)
+    power: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     rotation: Rotation | None = None
 
     def never_visited(self) -> dict[str, Any]:
@@ -136,7 +142,7 @@ def estimate(
 
     stream.around = _visit_counter(stream.layout, scores)
     try:
-        _run(stream, criterion, axes, batches, score, progress, steps)
+        _run(stream, criterion, axes, batches, score, progress, steps, scores.power)
     finally:
         stream.around = nothing_around
     total(*(scores.visits[i] for i in sorted(scores.visits)))
@@ -152,6 +158,7 @@ def _run(
     score: Callable[[int, nn.Module, Stats], None],
     progress: Progress,
     steps: _Steps,
+    power: dict[tuple[int, str], Tensor],
 ) -> None:
     """Gather what the criterion needs, block by block, and have each block scored."""
     if criterion.needs == "weights":
@@ -167,7 +174,7 @@ def _run(
     elif criterion.needs == "second-moments":
         stream.forward(batches, _second_moment_visitor(stream, axes, score, progress), start=steps.start, after=steps.done)
     elif criterion.needs == "second-moments-fisher":
-        _second_moments_with_fisher(stream, axes, batches, score, progress)
+        _second_moments_with_fisher(stream, axes, batches, score, progress, power)
     else:
         squared = criterion.needs == "squared-gradients"
         state = forward_with_loss(stream, batches)
@@ -190,9 +197,11 @@ class _Steps:
         if found is not None:
             self.first, record, tensors = found
             hidden = tensors.pop("hidden", None)
+            noted = {name: tensors.pop(name) for name in [n for n in tensors if n.startswith(_POWER)]}
             scores.visits = {int(i): torch.tensor(counts) for i, counts in record.items()}
             scores.of = {_key_of(name): values[0] for name, values in tensors.items()}
             self.start = None if hidden is None else (self.first, hidden)
+            scores.power = power_of(noted)
 
     def done(self, i: int, hidden: States | None) -> None:
         if i + 1 < self._layers:
@@ -207,9 +216,21 @@ class _Steps:
         tensors: dict[str, Sequence[Tensor]] = {_name_of(key): [value] for key, value in self._scores.of.items()}
         if hidden is not None:
             tensors["hidden"] = hidden
+        tensors |= named_power(self._scores.power)
         visits = {str(k): counts.tolist() for k, counts in self._scores.visits.items()}
         whole = at == self._layers
         self._journal.checkpoint("scores", "scored" if whole else "scores of a block", at, visits, tensors, last=whole)
+
+
+def named_power(power: Mapping[tuple[int, str], Tensor]) -> dict[str, Sequence[Tensor]]:
+    """`Scores.power` for a journal."""
+    return {f"{_POWER}{i}.{name}": [value] for (i, name), value in power.items()}
+
+
+def power_of(noted: Mapping[str, Sequence[Tensor]]) -> dict[tuple[int, str], Tensor]:
+    """The reverse."""
+    parts = {full: full.removeprefix(_POWER).split(".", 1) for full in noted}
+    return {(int(parts[full][0]), parts[full][1]): values[0] for full, values in noted.items()}
 
 
 def _name_of(key: tuple[int | None, str]) -> str:
@@ -336,31 +357,11 @@ def consumers(stream: Stream, axes: Sequence[str], layer: int, block: nn.Module)
     return list(found)
 
 
-class _SecondMoments:
-    """E[a a^T] of the inputs of some matrices."""
-
-    def __init__(self, block: nn.Module, names: Sequence[str]) -> None:
-        self.names, self.sums, self.count = names, dict[str, Tensor](), dict.fromkeys(names, 0)
-        self.observing = observed(block, names, self._add)
-
-    def _add(self, name: str, x: Tensor, expert: int | None) -> None:
-        x = x.float()
-        if name not in self.sums:
-            self.sums[name] = x.new_zeros(x.shape[1], x.shape[1])
-        self.sums[name].addmm_(x.T, x)
-        self.count[name] += x.shape[0]
-
-    def means(self) -> dict[str, Tensor]:
-        total(*(self.sums[n] for n in self.names))
-        self.count = {n: int(total_of(c)) for n, c in self.count.items()}
-        return {n: self.sums[n] / self.count[n] for n in self.names}
-
-
 def _second_moment_visitor(
     stream: Stream, axes: Sequence[str], score: Callable[[int, nn.Module, Stats], None], progress: Progress
 ) -> Visit:
     def visit(i: int, block: nn.Module, hidden: States) -> States:
-        moments = _SecondMoments(block, consumers(stream, axes, i, block))
+        moments = SecondMoments(block, consumers(stream, axes, i, block))
         with moments.observing:
             out = stream.through(block, i, hidden)
         score(i, block, Stats(second_moments=moments.means()))
@@ -376,16 +377,20 @@ def _second_moments_with_fisher(
     batches: Sequence[Batch],
     score: Callable[[int, nn.Module, Stats], None],
     progress: Progress,
+    power: dict[tuple[int, str], Tensor],
 ) -> None:
-    """Inputs' second moments and outputs' gradients of each consumer, both gathered on the walk back."""
+    """Inputs' second moments and outputs' gradients of each consumer, both gathered on the walk back.
+
+    power: what `Scores` has of that name.
+    """
     state = forward_with_loss(stream, batches)
     found: dict[str, Tensor] = {}
-    moments: list[_SecondMoments] = []
+    moments: list[SecondMoments] = []
 
     @contextlib.contextmanager
     def around(i: int, block: nn.Module) -> Iterator[None]:
         names = consumers(stream, axes, i, block)
-        moments[:] = [_SecondMoments(block, names)]
+        moments[:] = [SecondMoments(block, names)]
         found.clear()
 
         def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
@@ -407,6 +412,7 @@ def _second_moments_with_fisher(
 
     def visit(i: int, block: nn.Module, _: WeightGradients) -> None:
         total(*(found[n] for n in moments[0].names))
+        power.update({(i, n): found[n].diagonal().cpu().clone() for n in moments[0].names})
         score(i, block, Stats(second_moments=moments[0].means(), output_fisher=found))
         progress("second moments", stream.num_layers - i, stream.num_layers)
 

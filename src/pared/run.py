@@ -24,7 +24,7 @@ from pared.depth import Depth
 from pared.distributed import first_row, once, own_rows, rank, size
 from pared.effort import GENERATIONS, judges, layers_by_loss, measures, no_scores, reselected, some_rows
 from pared.errors import UsageError
-from pared.estimate import Progress, Scores, estimate, silent
+from pared.estimate import Progress, Scores, estimate, named_power, power_of, silent
 from pared.journal import Journal, reached, stopping_at_steps
 from pared.means import Means, backing_off, key_of, noted_calibration, resources_of, tell, versions
 from pared.output import Written, turned_by, write_pruned
@@ -119,7 +119,7 @@ def plan_pruning(
             scores,
             shape=recipe.shape,
             allocate=recipe.allocate or "uniform",
-            judges=judges(stream, axes, every, means.resources.batch) if measured else None,
+            judges=judges(stream, axes, every, means.resources.batch, scores) if measured else None,
             effort=Effort(recipe.search_steps or GENERATIONS[recipe.effort], recipe.search_minutes, recipe.seed),
             progress=progress,
             journal=journal,
@@ -166,10 +166,11 @@ def refit_blocks(
     *,
     means: Means | None = None,
     reached: Reached | None = None,
+    power: Mapping[tuple[int, str], torch.Tensor] | None = None,
 ) -> Iterator[Refitted] | None:
     """Compensation as the recipe says, block by block as it is asked for; None where there is none.
 
-    means: what to work with. reached: where to go on.
+    power: as in `Scores`, what weighs errors where units are chosen. means: what to work with. reached: where to go on.
     """
     if not _compensates(recipe) or plan.hidden is not None or not plan.changes_blocks(source.layout):
         return None
@@ -182,6 +183,7 @@ def refit_blocks(
     method = Method(
         mode=recipe.compensate or "sequential",
         reselect=reselected(recipe, source.layout),
+        fisher=power or {},
         steps=recipe.reconstruct or 0,
         seed=recipe.seed,
     )
@@ -345,7 +347,7 @@ def prune(
         def refitted(at: Reached | None = None) -> Iterator[Refitted] | None:
             if not (chooses or not dry_run):
                 return None
-            return refit_blocks(source, plan, recipe, text, progress, means=means, reached=at)
+            return refit_blocks(source, plan, recipe, text, progress, means=means, reached=at, power=scores.power)
 
         if writer is not None:
             space = sum(t.nbytes for t in source.checkpoint.tensors.values()) if source.checkpoint else 0
@@ -393,7 +395,8 @@ def _planned(
     if found is not None:
         plan = Plan.model_validate(found["plan"])
         turned = Rotation.read(journal) if plan.rotated and journal is not None else None
-        return plan, Scores(visits={int(i): torch.tensor(n) for i, n in found["visits"].items()}, rotation=turned)
+        visits = {int(i): torch.tensor(n) for i, n in found["visits"].items()}
+        return plan, Scores(visits=visits, power=once(lambda: _noted_power(journal, found)), rotation=turned)
     plan, scores = backing_off(
         means,
         lambda: plan_pruning(source, recipe, calibration=text, vocabulary=vocabulary, progress=progress, means=means),
@@ -403,7 +406,14 @@ def _planned(
     if journal is not None:
         if scores.rotation is not None:
             scores.rotation.write(journal)
-        visits = {str(i): counts.tolist() for i, counts in scores.visits.items()}
-        journal.write("plan", {"plan": plan.model_dump(mode="json"), "visits": visits})
+        if scores.power:
+            journal.write_tensors("plan", named_power(scores.power))
+        counted = {str(i): counts.tolist() for i, counts in scores.visits.items()}
+        journal.write("plan", {"plan": plan.model_dump(mode="json"), "visits": counted, "power": bool(scores.power)})
         reached("planned")
     return plan, scores
+
+
+def _noted_power(journal: Journal | None, plan: Mapping[str, Any]) -> dict[tuple[int, str], torch.Tensor]:
+    """`Scores.power` beside a noted plan."""
+    return power_of(journal.read_tensors("plan")) if journal is not None and plan["power"] else {}

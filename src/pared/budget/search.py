@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
@@ -110,7 +110,7 @@ def _generation(budget: Budget, now: _State, judge: Judge, rng: torch.Generator)
     children: list[Shape] = []
     for _ in range(4 * CHILDREN):
         child = mutate(budget, now.shape, rng, now.reach)
-        if _fresh(now, child):
+        if child is not None and _fresh(now, child):
             children.append(child)
         if len(children) == CHILDREN:
             break
@@ -123,7 +123,7 @@ def _generation(budget: Budget, now: _State, judge: Judge, rng: torch.Generator)
     gaining = [float(g > 0) for g in gains]
     for shares in (gaining if sum(gaining) > 1 else [], [g / largest for g in gains]):
         together = combined(budget, now.shape, children, shares)
-        if _fresh(now, together):
+        if together is not None and _fresh(now, together):
             worth.append(together)
     scores = judge(worth, SHARES[1]) if worth else []
     if scores and min(scores) < now.kl:
@@ -135,9 +135,9 @@ def _generation(budget: Budget, now: _State, judge: Judge, rng: torch.Generator)
     return True
 
 
-def _fresh(now: _State, shape: Shape | None) -> TypeGuard[Shape]:
+def _fresh(now: _State, shape: Shape) -> bool:
     """Whether a shape has not been judged yet; it counts as judged from here on."""
-    if shape is None or _key(shape) in now.tried:
+    if _key(shape) in now.tried:
         return False
     now.tried[_key(shape)] = None
     return True

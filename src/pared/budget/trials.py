@@ -37,9 +37,17 @@ class Judges:
 
     quick: refits on dense inputs, one pass over the candidates' own blocks; enough to compare uniform shapes.
     sequential: as the walk that follows, on few sequences; where layers differ, what later ones repair counts.
+    power: as in `Scores`: what weighs errors where the latter chooses units.
     """
 
-    def __init__(self, stream: Stream, axes: Sequence[str], rows: Sequence[Batch], batch: int) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        axes: Sequence[str],
+        rows: Sequence[Batch],
+        batch: int,
+        power: Mapping[tuple[int, str], Tensor] | None = None,
+    ) -> None:
         n = len(rows)
         few, many = max(1, min(n // 2, max(8, n // 16))), max(1, min(n // 4, max(8, n // 8)))
         self.stream, self.axes = stream, axes
@@ -51,6 +59,7 @@ class Judges:
         self.compared = together(own_rows(rows[:brief]), batch)
         self.measured = together(own_rows(rows[brief : brief + max(1, n // 8)] or rows[:1]), batch)
         self._levels: dict[int, Levels] = {}
+        self._power = power or {}
 
     def quick(self, shapes: Sequence[Shape]) -> list[float]:
         skip = len(self.measured)
@@ -67,7 +76,8 @@ class Judges:
         def levels(i: int, block: nn.Module, dense: States) -> tuple[States, Levels]:
             if i in self._levels:
                 return self.stream.pool.store(), self._levels[i]
-            _, made = measure_levels(self.stream, block, i, dense[:skip], self.axes)
+            power = {name: value for (layer, name), value in self._power.items() if layer == i}
+            _, made = measure_levels(self.stream, block, i, dense[:skip], self.axes, power)
             if self.stream.num_layers * made.nbytes <= KEPT:
                 self._levels[i] = made
             return self.stream.pool.store(), made
