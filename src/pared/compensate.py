@@ -32,6 +32,7 @@ from pared.distributed import once
 from pared.elimination import Elimination, choose_units
 from pared.errors import UsageError
 from pared.estimate import Progress, silent
+from pared.expertfit import refit_experts, stacks_of
 from pared.gaps import Kept, gap_behind, goes, past_gap, skipped_in
 from pared.leastsquares import DAMPING, Moments2, refit, refit_guarded, transfer
 from pared.plan import LayerPlan, Plan, kept_sizes, layer_plan
@@ -200,6 +201,9 @@ class Walk:
         entered: States | None = None
         if (again or few < batches) and not single:  # something will be run from the block's start once more
             entered = dense.entering(0) if pruned is None else pruned[:]
+        stacks = stacks_of(self.layout, self.i, self.keep) if self.method.mode != "bias" else {}
+        routed = (dense.entering(0) if same else pruned) if stacks else None
+        routed = None if routed is None else routed[:]
         now = pruned
         for stage in range(len(order)):
             if same:
@@ -214,6 +218,11 @@ class Walk:
             self._stage(stage, dense, now, few, same=same, fits=fits, moves=moves, bridge=stage == bridge)
             same = single or (same and not shrinking[stage] and not fits)
         dense.finish()
+        for name, axis in stacks.items():
+            assert routed is not None
+            module = self._module({a: k for a, k in self.keep.items() if a not in stacks.values()})
+            given = self.weights[name]
+            self.changed[name] = refit_experts(self.stream, module, self.i, name, axis, routed, given, self.keep)
         if single or (last and not self.method.steps):
             return None
         if entered is not None and again:
