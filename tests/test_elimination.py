@@ -102,3 +102,15 @@ def test_every_kept_group_keeps_as_many_heads_and_the_cheapest_of_all_go() -> No
     assert tuple(found["kv"].tolist()) == min(itertools.combinations(range(4), 3), key=error)
     one = choose_units(Elimination.of(problem.c, w), node, sizes, {"query": "kv"}, {"query": 2})["query"]
     assert isinstance(one, Nested) and one.index.shape == (4, 2)
+
+
+def test_errors_weighed_by_a_diagonal_are_those_weighed_by_its_matrix() -> None:
+    a, w = correlated(500, 9, seed=5), torch.randn(4, 9, generator=torch.Generator().manual_seed(5))
+    c, power = a.T @ a / len(a), torch.tensor([0.1, 2.0, 0.0, 7.0])
+    costs = []
+    for fisher in (power, torch.diag(power)):
+        state = Elimination.of(c, w)
+        state.weigh(fisher)
+        costs.append(elimination_costs(state, torch.arange(9)[:, None], rounds=1000))
+    assert torch.allclose(costs[0], costs[1], rtol=1e-4)
+    assert not torch.allclose(costs[0], elimination_costs(Elimination.of(c, w), torch.arange(9)[:, None], rounds=1000))

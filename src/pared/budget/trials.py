@@ -28,6 +28,8 @@ LevelsAt = Callable[[int, nn.Module, States], tuple[States, Levels]]
 
 # Bytes of second moments that are kept between trials; where a model's are more, they are measured each time.
 KEPT = 2 << 30
+# For so many sequences of the calibration one of scrambled tokens.
+SCRAMBLED = 2
 # Tokens whose logits are there at once: with a large vocabulary they are the largest tensor of all.
 FEW = 128
 
@@ -37,6 +39,8 @@ class Judges:
 
     quick: refits on dense inputs, one pass over the candidates' own blocks; enough to compare uniform shapes.
     sequential: as the walk that follows, on few sequences; where layers differ, what later ones repair counts.
+    Both are judged on the calibration's text and on some of its tokens in random order as well, which tells what a shape
+    loses on text of another kind.
     power: as in `Scores`: what weighs errors where the latter chooses units.
     """
 
@@ -52,12 +56,10 @@ class Judges:
         few, many = max(1, min(n // 2, max(8, n // 16))), max(1, min(n // 4, max(8, n // 8)))
         self.stream, self.axes = stream, axes
         # Rows that are judged by come first, those that are fitted to after them; a single row has to do for both.
-        self.judged = together(own_rows(rows[:many]), batch)
+        self.judged = together(own_rows(with_scrambled(rows[:many])), batch)
         self.fit = together(own_rows(rows[many : many + few] or rows[:1]), batch)
-        # Shapes that are alike everywhere differ by more than the noise of few sequences.
-        brief = max(1, min(many, n // 16))
-        self.compared = together(own_rows(rows[:brief]), batch)
-        self.measured = together(own_rows(rows[brief : brief + max(1, n // 8)] or rows[:1]), batch)
+        self.compared = together(own_rows(with_scrambled(rows[:many])), batch)
+        self.measured = together(own_rows(rows[many : many + max(1, n // 8)] or rows[:1]), batch)
         self._levels: dict[int, Levels] = {}
         self._power = power or {}
 
@@ -83,6 +85,18 @@ class Judges:
             return self.stream.pool.store(), made
 
         return score_shapes(self.stream, levels, shapes, self.fit, judged)
+
+
+def with_scrambled(rows: Sequence[Batch]) -> list[Batch]:
+    """Single rows, and after every second one another of its length: tokens of all rows in random order."""
+    tokens = torch.cat([row.input_ids.flatten() for row in rows])
+    tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(len(tokens))).to(tokens.device)]
+    out: list[Batch] = []
+    for k, (row, part) in enumerate(zip(rows, tokens.split([row.input_ids.numel() for row in rows]), strict=True)):
+        out.append(row)
+        if k % SCRAMBLED == SCRAMBLED - 1:
+            out.append(Batch(part.reshape(row.input_ids.shape), None))
+    return out
 
 
 def score_shapes(
