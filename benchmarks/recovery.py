@@ -3,7 +3,8 @@
     python benchmarks/recovery.py MODEL --data TRAIN --text TEST --work DIR --out RESULT.md [--plot RESULT.svg]
 
 MODEL is a dense directory. Starts are pruned from it once and kept in DIR: by LLM-Pruner's recipe (both end layers
-protected), by pared's default and by pared's highest effort. Excess loss is log(perplexity / dense perplexity) on TEST;
+protected), by pared's default and by pared's highest effort, uniform and with sizes searched layer by layer (128 windows
+of TRAIN for each but LLM-Pruner's ten, 256 for the last). Excess loss is log(perplexity / dense perplexity) on TEST;
 training sees TRAIN alone, and chooses its weights on a part of TRAIN. Rates are the defaults of `pared recover`.
 
 Each run is noted in RESULT.partial.jsonl as it ends; started again, the program goes on from there. --minutes ends it.
@@ -33,17 +34,22 @@ STARTS: dict[str, dict[str, Any]] = {
     "LLM-Pruner's recipe": {"recipe": "llm-pruner", "keep_first": 1, "keep_last": 1},
     "pared default": {},
     "pared max": {"effort": "max"},
+    "pared max, per-layer": {"effort": "max", "shape": "per-layer", "samples": 256},
 }
 # start, method, objective; in the order in which they are run
 RUNS = (
-    ("pared max", "full", "distill"),
+    ("pared max, per-layer", "full", "distill"),
     ("LLM-Pruner's recipe", "lora", "ce"),
-    ("pared max", "full", "ce"),
+    ("pared max, per-layer", "full", "ce"),
+    ("pared max, per-layer", "lora", "distill"),
+    ("pared max", "full", "distill"),
+    ("LLM-Pruner's recipe", "full", "distill"),
+    ("LLM-Pruner's recipe", "lora", "distill"),
+    ("LLM-Pruner's recipe", "full", "ce"),
+    ("pared max, per-layer", "full", "both"),
+    ("pared max, per-layer", "lora", "ce"),
     ("pared default", "full", "distill"),
     ("pared default", "full", "ce"),
-    ("LLM-Pruner's recipe", "full", "distill"),
-    ("pared max", "lora", "distill"),
-    ("pared max", "full", "both"),
 )
 TOKENS = (65536, 262144)
 
@@ -110,7 +116,7 @@ def main() -> None:
                         path, out=out, teacher=args.model, data=args.data, seq_len=args.seq_len, device="cpu", **settings
                     )
                     loss, kl = excess(out)
-                    keys = ("tokens", "steps", "seconds", "learning_rate")
+                    keys = ("tokens", "steps", "batch", "learning_rate")
                     return {"excess": loss, "kl": kl, **{k: done.report[k] for k in keys}}
 
                 if (done := noted([start, method, objective, share, tokens], train)) is not None:
@@ -124,8 +130,8 @@ def prune(args: argparse.Namespace, start: str, share: float, path: Path) -> Non
     if path.exists():
         return
     settings = dict(STARTS[start])
-    base = load_recipe(settings.pop("recipe")) if "recipe" in settings else {"samples": 128}
-    base |= {"seq_len": args.seq_len, "align": 1}
+    base = load_recipe(settings.pop("recipe")) if "recipe" in settings else {"samples": 128, "seq_len": args.seq_len}
+    base |= {"align": 1}
     pared.prune(args.model, out=path, base=base, remove=share, calibration=args.data, **settings)
 
 
@@ -135,7 +141,7 @@ def table(
     paragraph = (__doc__ or "").split("\n\n")[2].replace("\n", " ")
     head = (
         f"# Recovery: {args.model.name}\n\n{paragraph}\n\nTRAIN: {Path(args.data).name}. TEST: {args.text.name} (dense loss "
-        f"{nll:.3f}; {how}) One seed; rows of {args.seq_len} tokens, 8 to a step. A cell is excess loss (KL), in nats per token. "
+        f"{nll:.3f}; {how}) One seed; rows of {args.seq_len} tokens. A cell is excess loss (KL), in nats per token. "
         "— was not run.\n\n"
     )
     columns = ["start", "trained", "objective", "tokens", *(f"{s:.0%}" for s in shares)]

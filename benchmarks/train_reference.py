@@ -1,13 +1,13 @@
 """Train small reference models of unlike families on one text, with one tokenizer for all of them.
 
-    python benchmarks/train_reference.py TEXT --shape llama-gqa --out REFS/llama-gqa --minutes 9
+    python benchmarks/train_reference.py TEXT --shape llama-gqa --out REFS/llama-gqa --tokens 2967552
 
 TEXT is prose (.txt) or stories (.jsonl, one document a line), also .xz or .gz. Every twentieth part of the text is held
 out: it is written beside the tokenizer as held-out.jsonl and never trained on; the rest is there as train.jsonl. The
 tokenizer lies in the parent directory of OUT, so that models trained beside each other share it.
 
-Minutes are of CPU time: on a busy machine the same command trains as long as on an idle one. Killed and started again,
-it goes on from the last state that it saved. Windows of text are drawn by (seed, step) alone: all shapes see the same.
+Windows of text are drawn by (seed, step) alone: all shapes see the same. Killed and started again, it goes on from the
+last state that it saved.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 POSITIONS = 512
 HELD_OUT = 20  # every so many-th piece of the text
 PIECE = 8192  # characters; a document longer than that is several pieces
-SAVE_EVERY = 60.0  # seconds of CPU time
+SAVE_EVERY = 60.0  # seconds of CPU time, which a busy machine does not stretch
 
 
 def shape_config(shape: str, hidden: int, layers: int, vocab: int) -> transformers.PreTrainedConfig:
@@ -135,7 +135,7 @@ def optimizers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimize
 
 
 def schedule(share: float, step: int) -> float:
-    """Of the peak rate: warmup over 50 steps, constant to 40% of the time, then linear to 2%."""
+    """Of the peak rate: warmup over 50 steps, constant to 40% of the tokens, then linear to 2%."""
     return min(1.0, (step + 1) / 50) * min(1.0, max(0.02, (1 - share) / 0.6))
 
 
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128, help="a multiple of 64")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocab", type=int, default=2048)
-    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--tokens", type=int, default=2967552)
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--window", type=int, default=256)
@@ -180,45 +180,41 @@ def main() -> None:
     model = AutoModelForCausalLM.from_config(shape_config(args.shape, args.hidden, args.layers, args.vocab)).float().train()
     steps = optimizers(model, args.rate)
     state_file = args.out.with_name(args.out.name + ".state.pt")
-    step, spent = 0, 0.0
+    step = 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(steps, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        step, spent = state["step"], state["spent"]
+        step = state["step"]
     count = sum(p.numel() for p in model.parameters())
     print(f"{args.shape}: {count / 1e6:.2f}M parameters, {len(train) / 1e6:.1f}M tokens of text, from step {step}", flush=True)
-    began, saved_at, loss_sum = time.process_time() - spent, spent, None
-    while (share := spent / (60 * args.minutes)) < 1:
-        factor = schedule(share, step)
+    routed = hasattr(model.config, "router_aux_loss_coef")
+    saved_at, loss_sum = time.process_time(), None
+    while (seen := step * args.batch * args.window) < args.tokens:
+        factor = schedule(seen / args.tokens, step)
         for optimizer in steps:
             for group in optimizer.param_groups:
                 group["lr"] = args.rate * factor
         ids = draw(train, args.batch, args.window, args.seed, step)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            out = model(ids, use_cache=False)
+            out = model(ids, use_cache=False, **({"output_router_logits": True} if routed else {}))
         loss = F.cross_entropy(out.logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
+        balanced = loss + model.config.router_aux_loss_coef * out.aux_loss if routed else loss
+        balanced.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in steps:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         step += 1
         loss_sum = loss.item() if loss_sum is None else 0.98 * loss_sum + 0.02 * loss.item()
-        spent = time.process_time() - began
-        if spent - saved_at > SAVE_EVERY:
-            saved_at = spent
+        if time.process_time() - saved_at > SAVE_EVERY:
+            saved_at = time.process_time()
             partial = state_file.with_suffix(".partial")
-            found = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in steps], "step": step, "spent": spent}
-            torch.save(found, partial)
+            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in steps], "step": step}, partial)
             partial.replace(state_file)
-            seen = step * args.batch * args.window / 1e6
-            print(
-                f"{share:5.1%} step {step}, {seen:.1f}M tokens, loss {loss_sum:.4f}, rate {args.rate * factor:.1e}", flush=True
-            )
+            print(f"step {step}, {seen / 1e6:.1f}M tokens, loss {loss_sum:.4f}, rate {args.rate * factor:.1e}", flush=True)
     nll = held_out_loss(model, held, args.window)
-    seen = step * args.batch * args.window
     print(f"{args.shape}: held-out loss {nll:.4f}, perplexity {math.exp(nll):.2f}, after {seen / 1e6:.1f}M tokens", flush=True)
     partial_out = args.out.with_name(args.out.name + ".partial")
     model.eval().save_pretrained(partial_out)

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pared.errors import UsageError
 from pared.recipe import validated
 
+# Batches are made smaller than the largest until a training has so many steps.
+LARGEST_BATCH, ENOUGH_STEPS = 8, 1024
+
 
 class Recovery(BaseModel):
     """Settings of one recovery. Unknown keys are refused."""
@@ -33,7 +36,9 @@ class Recovery(BaseModel):
         description="documents share a row without seeing each other; contiguous: a row is a window of all text; none: a document a row",
     )
     loss_on: Literal["answers", "all"] = Field(default="answers", description="of instructions and chats; all: prompts too")
-    batch: int = Field(default=8, ge=1, description="rows that run together on each process")
+    batch: int | None = Field(
+        default=None, ge=1, description="rows that run together on each process; by default at most 8, so that steps are many"
+    )
     accumulate: int = Field(default=1, ge=1, description="batches that make one step")
     learning_rate: float | None = Field(default=None, gt=0, description="peak rate; by default by method and width")
     warmup: float = Field(default=0.1, ge=0, le=1, description="share of the steps in which the rate rises")
@@ -54,7 +59,9 @@ class Recovery(BaseModel):
     merge: bool = Field(default=False, description="write a plain checkpoint with the adapters in the weights")
     held_out: float = Field(default=0.05, ge=0, lt=1, description="share of the data that only judges; 0: nothing is judged")
     evaluations: int = Field(default=8, ge=1, description="held-out evaluations, and checkpoints to resume from, in the run")
-    patience: int = Field(default=3, ge=0, description="stop after so many evaluations without a better one; 0: never")
+    patience: int = Field(
+        default=3, ge=0, description="stop in the second half after so many evaluations without a better one; 0: never"
+    )
     gradient_checkpointing: bool = Field(default=False, description="recompute activations: less memory, a third more time")
     seed: int = Field(default=0, description="of the order of the data, of adapters and of text that is sampled")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -94,7 +101,14 @@ def make_recovery(base: dict[str, Any] | None = None, **settings: Any) -> Recove
 def default_rate(recovery: Recovery, hidden: int) -> float:
     """The peak learning rate where none is given: falling with width as the scale of useful updates does.
 
-    The first was chosen on held-out text of a small model (docs/recovery.md), the second is not measured; at a width of 4096 they give 1.6e-5 for all weights and
-    2e-4 for adapters, what is usual there.
+    Chosen on held-out text of small models (docs/recovery.md).
     """
-    return 0.064 / hidden if recovery.method == "full" else 0.0128 / hidden**0.5
+    return 0.032 / hidden if recovery.method == "full" else 0.02 / hidden**0.5
+
+
+def default_batch(rows: int, batches: int) -> int:
+    """Rows in a batch where no number is given: so few that a training on `rows` has its steps, of `batches` each.
+
+    At equal tokens many small steps teach more than few large ones (docs/recovery.md).
+    """
+    return max(1, min(LARGEST_BATCH, rows // (ENOUGH_STEPS * batches)))

@@ -30,7 +30,7 @@ from pared.recover.data import Example, hold_out, read_examples, whole_pieces
 from pared.recover.output import write_recovered
 from pared.recover.packing import Row, Rows, isolates, rows_of_epoch, training_rows
 from pared.recover.teacher import Cache, check_fits, resident, vocabulary_map
-from pared.recovery import Recovery, default_rate, make_recovery
+from pared.recovery import LARGEST_BATCH, Recovery, default_batch, default_rate, make_recovery
 from pared.source import Source
 from pared.writer import CheckpointWriter
 
@@ -275,7 +275,7 @@ def _tokens_in(run: _Run, model: nn.Module, learn: Sequence[Example], packing: s
     from pared.recover.training import Objective, collator_of
 
     assert run.recovery.minutes is not None
-    rows = rows_of_epoch(learn, run.seq_len, packing, run.recovery.seed)[: 2 * run.recovery.batch]
+    rows = rows_of_epoch(learn, run.seq_len, packing, run.recovery.seed)[: 2 * (run.recovery.batch or LARGEST_BATCH)]
     objective = Objective(run.recovery.model_copy(update={"objective": "ce"}), None)
     batch = collator_of(0, isolated)(list(rows))
     model.to(run.device).train()
@@ -314,7 +314,7 @@ def _distil_blocks(run: _Run, model: nn.Module, rows: Sequence[Row]) -> list[tup
                 plan=run.plan,
                 kept=run.kept,
                 steps=run.recovery.block_steps,
-                batch=run.recovery.batch,
+                batch=run.recovery.batch or LARGEST_BATCH,
                 seed=run.recovery.seed,
                 dtype=run.dtype,
                 progress=run.progress,
@@ -340,7 +340,9 @@ def _steps(
     recovery = run.recovery
     speak, objective = _teacher(run, [*rows, *held])
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    count = math.ceil(len(rows) / (recovery.batch * recovery.accumulate * world))
+    batches = recovery.accumulate * world
+    batch = recovery.batch or default_batch(len(rows), batches)
+    count = math.ceil(len(rows) / (batch * batches))
     start = run.work / "start.safetensors"
     with _main_first(run):
         if not start.exists() and run.main:
@@ -353,7 +355,7 @@ def _steps(
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     trainer = Recoverer(
         model,
-        arguments(recovery, run.work, count, rate, dtype=run.dtype, judged=bool(held)),
+        arguments(recovery, run.work, count, batch, rate, dtype=run.dtype, judged=bool(held)),
         Rows(rows, speak),
         Rows(held, speak),
         Objective(recovery, objective),
@@ -373,6 +375,7 @@ def _steps(
             for name in names:
                 own[name].copy_(state[name])
     return model, {
+        "batch": batch,
         "steps": trainer.state.global_step,
         "held_out": {"start": judge.start, "best": judge.best, "best_step": judge.best_step, "curve": judge.curve},
         "stopped": judge.stopped,

@@ -21,7 +21,7 @@ from pared.errors import UsageError
 from pared.estimate import Progress
 from pared.recover.losses import TopK, cross_entropy, forward_kl, top_k_kl
 from pared.recover.packing import IGNORED, Row, Rows, collate
-from pared.recovery import Recovery
+from pared.recovery import LARGEST_BATCH, Recovery
 from pared.tensorfile import sha256
 
 _COMPLETE = "complete.json"
@@ -76,8 +76,11 @@ class Judge(TrainerCallback, ExportableState):
         for name, value in attributes.items():
             setattr(self, name, value)
 
-    def judged(self, step: int, tokens: int, loss: float) -> None:
-        """A held-out evaluation."""
+    def judged(self, step: int, tokens: int, loss: float, *, late: bool) -> None:
+        """A held-out evaluation. late: the rate has fallen so far that no gain means that none will come.
+
+        While it is high the loss may stand above that of the start, and comes down with the rate.
+        """
         if self.start is None:
             self.start = loss
         if self.curve and self.curve[-1][0] >= step:  # evaluated again after a resume
@@ -86,7 +89,7 @@ class Judge(TrainerCallback, ExportableState):
         self.curve.append([step, tokens, loss])
         if self.best is None or loss < self.best:
             self.best, self.best_step, self.worse = loss, step, 0
-        else:
+        elif late:
             self.worse += 1
 
     def check(self, loss: float, step: int, start: float | None, what: str) -> None:
@@ -154,7 +157,8 @@ class Recoverer(Trainer):
         loss = self.held_out_loss()
         metrics = {"eval_loss": loss}
         step = self.state.global_step
-        self._judge.judged(step, tokens_of(self.train_dataset.rows, step, self.args), loss)  # type: ignore[union-attr]
+        tokens = tokens_of(self.train_dataset.rows, step, self.args)  # type: ignore[union-attr]
+        self._judge.judged(step, tokens, loss, late=2 * step > self.state.max_steps)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -279,15 +283,15 @@ def collator_of(padding: int, isolated: bool) -> Callable[[list[Any]], dict[str,
 
 
 def arguments(
-    recovery: Recovery, work: Path, steps: int, rate: float, *, dtype: torch.dtype, judged: bool
+    recovery: Recovery, work: Path, steps: int, batch: int, rate: float, *, dtype: torch.dtype, judged: bool
 ) -> TrainingArguments:
     """What the Trainer is told: AdamW, warmup, then a cosine to zero."""
     every = max(1, math.ceil(steps / recovery.evaluations))
     return TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
-        per_device_train_batch_size=recovery.batch,
-        per_device_eval_batch_size=recovery.batch,
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=recovery.batch or LARGEST_BATCH,
         gradient_accumulation_steps=recovery.accumulate,
         learning_rate=rate,
         lr_scheduler_type="cosine",
