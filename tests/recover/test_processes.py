@@ -1,4 +1,4 @@
-"""Training on two processes, with DDP and FSDP2 over gloo."""
+"""Training on two processes, with DDP, FSDP2 and DeepSpeed over gloo."""
 
 from __future__ import annotations
 
@@ -24,13 +24,24 @@ FSDP2 = {
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
+# DeepSpeed compiles its kernels for gloo with a C++ compiler when it first runs.
+ZERO = {
+    "zero_optimization": {"stage": 1},
+    "zero_allow_untested_optimizer": True,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "deepspeed"])
 def test_two_processes_give_what_one_gives(tmp_path: Path, kind: str, method: str) -> None:
     """The rows of each step are shared out, and its loss is that of all of them."""
+    if kind == "deepspeed":
+        pytest.importorskip("deepspeed")
     made.checkpoint(tmp_path / "dense")
     made.pruned(tmp_path / "dense", tmp_path / "pruned")
     text = made.text(tmp_path / "text.jsonl")
@@ -40,10 +51,13 @@ def test_two_processes_give_what_one_gives(tmp_path: Path, kind: str, method: st
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = [f"--{n.replace('_', '-')}={v}" for n, v in {**SETTINGS, "method": method, "batch": 2}.items()]
     flags += ["--merge"] * merge
+    if kind == "deepspeed":
+        (tmp_path / "zero.json").write_text(json.dumps(ZERO))
+        flags += [f"--deepspeed={tmp_path / 'zero.json'}"]
     command = [*launch, "-m", "pared", "recover", tmp_path / "pruned", "-o", tmp_path / "two", "--teacher", tmp_path / "dense"]
     done = subprocess.run(
         [*map(str, command), "--data", str(text), *flags],
-        env={**made.environment(), **(FSDP2 if kind == "fsdp2" else {})},
+        env={**made.environment(), "DS_ACCELERATOR": "cpu", **(FSDP2 if kind == "fsdp2" else {})},
         capture_output=True,
         text=True,
         timeout=500,

@@ -15,7 +15,8 @@ import tiny
 from pared.errors import MissingError, UsageError
 from pared.recover import Recovered
 from pared.recover import recover as run_recovery
-from pared.recover.training import whole
+from pared.recover.training import Judge, whole
+from pared.recovery import ENOUGH_STEPS, LARGEST_BATCH, default_batch
 from pared.verify import verify
 
 FAST = {"seq_len": 32, "batch": 4, "evaluations": 2, "device": "cpu", "learning_rate": 3e-3, "held_out": 0.1}
@@ -203,6 +204,33 @@ def test_packages_that_are_not_there_are_named(home: Path, tmp_path: Path, monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingError, match="accelerate"):
         recover(home, tmp_path / "out")
+
+
+def test_a_deepspeed_config_needs_the_file_and_the_package(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "zero.json"
+    with pytest.raises(UsageError, match="no DeepSpeed config"):
+        recover(home, tmp_path / "out", deepspeed=str(file))
+    file.write_text("{}")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else object())
+    with pytest.raises(MissingError, match="deepspeed") as missing:
+        recover(home, tmp_path / "out", deepspeed=str(file))
+    assert (missing.value.where, missing.value.fix) == ("--deepspeed", "pip install deepspeed, or use FSDP2")
+
+
+def test_a_short_training_has_small_batches(home: Path, tmp_path: Path) -> None:
+    assert [default_batch(rows, 1) for rows in (10, 2 * ENOUGH_STEPS, 10**6)] == [1, 2, LARGEST_BATCH]
+    assert default_batch(10**4, 4) == default_batch(10**4, 1) // 4
+    done = recover(home, tmp_path / "out", batch=None, tokens=640)
+    assert done.report["batch"] == 1 and done.report["steps"] * 32 >= 640
+
+
+def test_no_gain_while_the_rate_is_high_ends_no_training() -> None:
+    judge = Judge(patience=2, minutes=None, progress=lambda *_: None)
+    for step, loss in enumerate([1.0, 1.3, 1.4, 1.5]):
+        judge.judged(step, step, loss, late=False)
+    assert judge.worse == 0 and judge.best == 1.0
+    judge.judged(4, 4, 1.2, late=True)
+    assert judge.worse == 1
 
 
 def test_another_run_is_not_gone_on_with(home: Path, tmp_path: Path) -> None:

@@ -140,6 +140,10 @@ def recover(
 
 
 def _check_installed(recovery: Recovery) -> None:
+    if recovery.deepspeed and not Path(recovery.deepspeed).is_file():
+        raise UsageError(
+            "there is no DeepSpeed config", where=f"--deepspeed {recovery.deepspeed}", fix="give the path of its JSON file"
+        )
     for package, where in (("accelerate", "pared recover"), ("deepspeed", "--deepspeed")):
         if (package != "deepspeed" or recovery.deepspeed) and importlib.util.find_spec(package) is None:
             fix = "pip install 'pared[recover]'" if package == "accelerate" else "pip install deepspeed, or use FSDP2"
