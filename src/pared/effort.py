@@ -30,7 +30,11 @@ def measures(recipe: Recipe, layout: Layout, axes: tuple[str, ...]) -> bool:
     """Whether sizes are chosen by the KL of trial models: those are made by second-order selection and a refit."""
     width = tuple(a for a in axes if a != "layer")  # of layers, trial models say how many go
     chosen = bool(width) and set(width) <= reselected(recipe, layout) and tried(layout, width)
-    return chosen and (recipe.shape == "uniform" or recipe.allocate == "search" or "layer" in axes)
+    return (
+        chosen
+        and recipe.allocate != "latency"
+        and (recipe.shape == "uniform" or recipe.allocate == "search" or "layer" in axes)
+    )
 
 
 def tried(layout: Layout, axes: tuple[str, ...]) -> bool:

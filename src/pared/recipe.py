@@ -48,8 +48,16 @@ class Recipe(BaseModel):
         default="sum", description="how the parts of a structure in several tensors become one score"
     )
     shape: Literal["uniform", "per-layer"] = Field(default="uniform", description="equal sizes in all layers, or each its own")
-    allocate: Literal["uniform", "global", "search"] | None = Field(
-        default=None, description="by default uniform; for per-layer shapes search, and global where effort is quick"
+    allocate: Literal["uniform", "global", "search", "latency"] | None = Field(
+        default=None,
+        description="by default uniform; for per-layer shapes search, and global where effort is quick; latency: the share is of "
+        "the time that blocks take here",
+    )
+    latency_batch: int = Field(
+        default=1, ge=1, description="for latency: sequences of --context tokens that are timed together"
+    )
+    latency_table: str | None = Field(
+        default=None, description="for latency: file that measured times are kept in and read from"
     )
     search_steps: int | None = Field(default=None, ge=1, description="generations of a search; by default by effort")
     search_minutes: float | None = Field(
@@ -71,7 +79,7 @@ class Recipe(BaseModel):
     samples: int = Field(default=128, description="calibration windows")
     seq_len: int | None = Field(default=None, description="tokens in a window; by default 512, or what the model can take")
     batch: int = Field(default=8, ge=1, description="windows that run together")
-    context: int = Field(default=1024, ge=1, description="tokens that flops are counted at")
+    context: int = Field(default=1024, ge=1, description="tokens that flops are counted at, and a time is measured for")
     seed: int = Field(default=0, description="of calibration windows, sampled text and random choices")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="what to compute in")
     device: str = Field(default="cpu", description="where to compute")

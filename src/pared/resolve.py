@@ -109,7 +109,7 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
     allocate = recipe.allocate or ("uniform" if recipe.shape == "uniform" or not inside else "search" if searches else "global")
     criterion = recipe.criterion
     if criterion is None:
-        criterion = "taylor" if not dense else "obs-fisher" if allocate in ("global", "search") else "obs"
+        criterion = "taylor" if not dense else "obs-fisher" if allocate in ("global", "search", "latency") else "obs"
     reconstruct = recipe.reconstruct
     if reconstruct is None:
         reconstruct = STEPS if recipe.effort == "max" and compensate == "sequential" else 0

@@ -26,6 +26,7 @@ from pared.effort import GENERATIONS, judges, layers_by_loss, measures, no_score
 from pared.errors import UsageError
 from pared.estimate import Progress, Scores, estimate, named_power, power_of, silent
 from pared.journal import Journal, reached, stopping_at_steps
+from pared.latency import Workload, times_for
 from pared.means import Means, backing_off, key_of, noted_calibration, resources_of, tell, versions
 from pared.output import Written, turned_by, write_pruned
 from pared.plan import Plan
@@ -114,6 +115,10 @@ def plan_pruning(
         if apart:
             few = together(own_rows(some_rows(calibration.batches(1) if calibration else [])), means.resources.batch)
             scores.of[None, "layer"] = layers_by_loss(stream, budget, few, going, progress)
+        times = None
+        if recipe.allocate == "latency":
+            file = Path(recipe.latency_table).expanduser() if recipe.latency_table is not None else None
+            times = times_for(stream, budget, Workload(recipe.latency_batch, recipe.context), file, progress)
         made = make_plan(
             budget,
             scores,
@@ -121,6 +126,7 @@ def plan_pruning(
             allocate=recipe.allocate or "uniform",
             judges=judges(stream, axes, every, means.resources.batch, scores) if measured else None,
             effort=Effort(recipe.search_steps or GENERATIONS[recipe.effort], recipe.search_minutes, recipe.seed),
+            times=times,
             progress=progress,
             journal=journal,
         )
@@ -329,13 +335,15 @@ def prune(
         plan, scores = _planned(source, recipe, text, vocabulary, progress, means)
         report: dict[str, Any] = {
             "model_type": source.layout.model_type,
-            "requested": recipe.remove,
+            "requested": recipe.remove if recipe.allocate != "latency" else None,
             "removed": plan.removed,
             "of": plan.of,
             "before": plan.before.model_dump(),
             "after": plan.after.model_dump(),
             "recipe": recipe.model_dump(mode="json"),
         }
+        if (latency := plan.provenance.get("latency")) is not None:
+            report["latency"] = latency
         if vocabulary is not None:
             report["vocabulary"] = vocabulary.facts
         if scores.visits:

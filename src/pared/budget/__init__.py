@@ -113,6 +113,10 @@ class Budget:
         """The amount that is removed already when every block is as it was: what the vocabulary gives."""
         return (self.count([]).amount(self.amount.of)) - self.outside_amount()
 
+    def same_block(self, one: int, other: int) -> bool:
+        """Whether two layers count the same under the same sizes."""
+        return self._kinds[one] == self._kinds[other] and self.layout.layer_sizes[one] == self.layout.layer_sizes[other]
+
     def alike(self, layers: Sequence[int]) -> list[tuple[int, int]]:
         """Layers that count the same under the same sizes: (one of them, how many), those protected apart."""
         groups: dict[tuple[object, ...], list[int]] = {}

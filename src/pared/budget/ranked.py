@@ -101,10 +101,10 @@ def _nested(budget: Budget, one: str, other: str) -> bool:
 def _steps(budget: Budget, scores: Scores, i: int, axis: str) -> list[tuple[float, int]]:
     """For one (layer, axis), the steps down: (score that the step gives up, units left after it)."""
     n = budget.layout.sizes_at(i)[axis]
-    order = _ascending(budget, scores, i, axis)
+    order = ascending(budget, scores, i, axis)
     for follower, (leader, _) in budget.layout.follows.items():
         if leader == axis and (i, follower) in scores.of:
-            more = _ascending(budget, scores, i, follower).reshape(n, -1)
+            more = ascending(budget, scores, i, follower).reshape(n, -1)
             order = order + (more.sum(1) if scores.comparable else more.mean(1))
     step = budget.step(axis)
     levels = [m for m in budget.levels(axis, n)[1:] if m % step == 0]
@@ -116,7 +116,7 @@ def _steps(budget: Budget, scores: Scores, i: int, axis: str) -> list[tuple[floa
     return out
 
 
-def _ascending(budget: Budget, scores: Scores, i: int, axis: str) -> Tensor:
+def ascending(budget: Budget, scores: Scores, i: int, axis: str) -> Tensor:
     """What each unit of one (layer, axis) is worth, cheapest first; nested axes give the same number in every parent."""
     n, runs = budget.layout.sizes_at(i)[axis], budget.layout.runs.get(axis, 1)
     value = scores.of[i, axis]

@@ -15,6 +15,7 @@ from pared.budget import Budget, Sizes
 from pared.budget.mixture import allocate_mixed
 from pared.budget.ranked import allocate_ranked, check_reach
 from pared.budget.search import search
+from pared.budget.timed import Times, allocate_timed
 from pared.budget.trials import Judges
 from pared.budget.uniform import allocate_uniform, uniform_shapes
 from pared.errors import UsageError
@@ -23,7 +24,7 @@ from pared.journal import Journal
 from pared.plan import Plan, kept_sizes, layer_plan, to_ranges
 from pared.structure import SUBLAYERS, Layout
 
-ALLOCATIONS = ("uniform", "global", "search")
+ALLOCATIONS = ("uniform", "global", "search", "latency")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def make_plan(
     allocate: str,
     judges: Judges | None = None,
     effort: Effort | None = None,
+    times: Times | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = silent,
     journal: Journal | None = None,
@@ -68,7 +70,8 @@ def make_plan(
     """Decide what goes. Raises UsageError where the amount is out of reach or shape and allocation exclude each other.
 
     judges: measure trial models; a search needs them, and a uniform shape's split between attention and FFN is then
-    measured too. Without them it is balanced. journal: where a search notes how far it has come.
+    measured too. Without them it is balanced. times: what sizes take, for "latency". journal: where a search notes how far
+    it has come.
     """
     layout = budget.layout
     width = [a for a in budget.axes if a not in ("layer", "hidden")]
@@ -78,6 +81,17 @@ def make_plan(
             where="--keep-first / --keep-last",
             fix="--shape per-layer, or protect none",
         )
+    if allocate == "latency":
+        if times is None or not scores.comparable:
+            raise UsageError(
+                "what a unit is worth for its time wants scores that compare between layers",
+                where="--criterion",
+                fix="--criterion obs-fisher, or taylor",
+            )
+        timed = allocate_timed(budget, scores, times, uniform=shape == "uniform")
+        said = {"dense": times.total, "predicted": times.of(timed), "requested": budget.amount.remove}
+        made = _plan(budget, scores, timed, range(layout.num_layers), None, shape, {**(provenance or {}), "latency": said})
+        return made.model_copy(update={"requested": None})  # of what is counted nothing was asked for
     if allocate in ("global", "search"):
         if shape == "uniform":
             raise UsageError(

@@ -38,6 +38,11 @@ def pruned(
     yield table("", ("", "before", "after", "change"), rows)
     asked = "" if report.get("requested") is None else f" ({report['requested']:.2%} asked for)"
     yield f"removed {report['removed']:.2%} of {report['of']}{asked}"
+    if timed := report.get("latency"):
+        yield (
+            f"blocks took {1000 * timed['dense']:.2f} ms and are to take {1000 * timed['predicted']:.2f} ms "
+            f"({timed['predicted'] / timed['dense'] - 1:+.1%}, {-timed['requested']:.1%} asked for)"
+        )
     if words := report.get("vocabulary"):
         yield (
             f"vocabulary: {words['before']:,} tokens before, {words['after']:,} after; {words['needed']:,} are needed "
