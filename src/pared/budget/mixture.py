@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from pared.budget import Budget
 from pared.budget.uniform import (
+    CLEARLY,
     MOST_MEASURED,
     PerLayer,
     Shape,
@@ -26,7 +27,7 @@ def allocate_mixed(budget: Budget, width: Judge, mixed: Judge, order: Sequence[i
 
     width: compares splits among shapes that keep all layers, as where none may go; mixed: compares the best of them with
     shapes that lose layers, in which those are marked as going. order: layers in the order in which they go. The result is
-    the shape by width alone, or one that does better on what `mixed` measures.
+    the shape by width alone, or one that does clearly better on what `mixed` measures.
     """
     shapes: list[Shape] = []
     try:
@@ -39,6 +40,8 @@ def allocate_mixed(budget: Budget, width: Judge, mixed: Judge, order: Sequence[i
     if len(shapes) == 1:
         return shapes[0]
     losses = mixed([leaving(budget, shape, order) for shape in shapes])
+    whole = budget.layout.num_layers
+    losses = [loss * (1 if shape.layers == whole else CLEARLY) for loss, shape in zip(losses, shapes, strict=True)]
     return best_written(budget, sorted(zip(losses, shapes, strict=True), key=lambda e: e[0]), relative=True)
 
 
