@@ -77,6 +77,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="results, without an ending")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument(
+        "--longest", type=int, help="tokens of a window, and of the longest sequence with keys; by default twice the trained"
+    )
     parser.add_argument("--needles", type=int, default=8)
     parser.add_argument("--rows", default="", help="a semicolon-separated part of the table, in this order; by default all")
     parser.add_argument("--minutes", type=float, default=14, help="begin no row after this time")
@@ -119,10 +122,11 @@ class Task:
     def make(cls, args: argparse.Namespace) -> Task:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         trained = Subject.open(args.model).max_positions or 0
-        cut = windows(args.text, tokenizer, 2 * trained)
+        longest = args.longest or 2 * trained
+        cut = windows(args.text, tokenizer, longest)
         ids = cut.ids[: args.windows]
         filler = cut.ids[args.windows :].flatten()
-        lengths = (trained // 4, trained, 2 * trained)
+        lengths = (trained // 4, trained, longest)
         asked = [make_needles(tokenizer, filler, n, d, count=args.needles) for n in lengths for d in DEPTHS]
         dense = logits_of(pared.load(args.model, dtype=torch.float32))
         return cls(args, trained, ids, asked, [dense(row[None]) for row in ids])
@@ -143,8 +147,8 @@ class Task:
 
     def measure(self, row: Row, folder: Path) -> dict[str, Any]:
         source = self._pruned(row, folder)
-        with _opened(row, source, folder, 2 * self.trained) as (logits, nbytes):
-            ends = edges(self.trained, 2 * self.trained)
+        with _opened(row, source, folder, self.ids.shape[1]) as (logits, nbytes):
+            ends = edges(self.trained, self.ids.shape[1])
             buckets = by_position(logits, self.ids, ends, against=self.dense)
             hits = [{"length": n.length, "depth": n.depth, "found": found(logits, n) / len(n.ids)} for n in self.needles]
         counts = Subject.open(source).counts
