@@ -29,14 +29,12 @@ def allocate_mixed(budget: Budget, width: Judge, mixed: Judge, order: Sequence[i
     shapes that lose layers, in which those are marked as going. order: layers in the order in which they go. The result is
     the shape by width alone, or one that does clearly better on what `mixed` measures.
     """
-    shapes: list[Shape] = []
+    shapes = fewer_layers(budget)
     try:
-        shapes.append(allocate_uniform(_without_depth(budget), width))
+        shapes = [allocate_uniform(_without_depth(budget), width), *shapes]
     except UsageError:
-        if not (shapes := fewer_layers(budget)):  # neither can give so much
+        if not shapes:  # neither can give so much
             raise
-    else:
-        shapes += fewer_layers(budget)
     if len(shapes) == 1:
         return shapes[0]
     losses = mixed([leaving(budget, shape, order) for shape in shapes])
