@@ -101,7 +101,7 @@ def make_recovery(base: dict[str, Any] | None = None, **settings: Any) -> Recove
 def default_rate(recovery: Recovery, hidden: int) -> float:
     """The peak learning rate where none is given: falling with width as the scale of useful updates does.
 
-    Chosen on held-out text of small models (docs/recovery.md).
+    Chosen on held-out text of a small model (docs/recovery.md).
     """
     return 0.032 / hidden if recovery.method == "full" else 0.02 / hidden**0.5
 

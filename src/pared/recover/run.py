@@ -345,7 +345,8 @@ def _steps(
     speak, objective = _teacher(run, [*rows, *held])
     world = int(os.environ.get("WORLD_SIZE", "1"))
     batches = recovery.accumulate * world
-    batch = recovery.batch or default_batch(len(rows), batches)
+    # What fits into minutes was timed with the largest.
+    batch = recovery.batch or (LARGEST_BATCH if recovery.minutes else default_batch(len(rows), batches))
     count = math.ceil(len(rows) / (batch * batches))
     start = run.work / "start.safetensors"
     with _main_first(run):
