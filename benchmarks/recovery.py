@@ -169,6 +169,7 @@ def plot(path: Path, found: dict[Any, dict[str, Any]], shares: list[float]) -> N
     matplotlib.use("svg")
     from matplotlib import pyplot
 
+    shares = [s for s in shares if any(k[3] == s and k[4] for k in found)]
     figure, axes = pyplot.subplots(1, len(shares), figsize=(4.5 * len(shares), 4), squeeze=False)
     for axis, share in zip(axes[0], shares, strict=True):
         for start, method, objective in RUNS:
@@ -179,7 +180,7 @@ def plot(path: Path, found: dict[Any, dict[str, Any]], shares: list[float]) -> N
                 )
         axis.set(title=f"{share:.0%} of the blocks removed", xlabel="thousand tokens (1024)", ylabel="excess loss, nats")
         axis.set_ylim(bottom=0)
-    axes[0][-1].legend(fontsize=7)
+    axes[0][0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
 

@@ -6,7 +6,7 @@ REFS holds reference models (benchmarks/train_reference.py): unlike families, tr
 Each is pruned with pared's defaults (per-layer form where the family's own config has no words for what goes), then
 recovered by distillation from itself dense, with the same tokens for all. Accuracy is the share of held-out tokens that
 the model finds likeliest, kept as a share of the dense model's; excess loss is log(perplexity / dense perplexity). Models
-of this size are at chance in every multiple-choice task, so none is run.
+so small would be at chance in multiple-choice tasks, so none is run.
 
 Each run is noted in RESULT.partial.jsonl as it ends; started again, the program goes on from there. --minutes ends it.
 """
@@ -144,7 +144,8 @@ def table(args: argparse.Namespace, families: list[str], shares: list[float], fo
         f"{args.samples} windows of {args.seq_len} tokens; recovered with {args.tokens:,} tokens. Text: {how} Of these the first "
         f"{args.max_windows} windows alone. One seed. — was not run.\n"
     )
-    lines = []
+    refused = {f"{f}, {s:.0%}: {d['refused']}" for (f, s), d in found.items() if "refused" in d}
+    lines = [f"\nRefused: {r}." for r in sorted(refused)]
     for title, value in (
         ("accuracy kept", lambda d, s: f"{d[s]['accuracy'] / d['dense']['accuracy']:.1%}"),
         ("excess loss (KL), nats per token", lambda d, s: f"{d[s]['nll'] - d['dense']['nll']:.3f} ({d[s]['kl']:.3f})"),
@@ -156,9 +157,15 @@ def table(args: argparse.Namespace, families: list[str], shares: list[float], fo
         ]
         for family in families:
             for state in ("one-shot", "recovered"):
-                cells = [value(d, state) if (d := found.get((family, s))) and state in d else "—" for s in shares]
+                cells = [cell(found.get((family, s)), state, value) for s in shares]
                 lines.append(f"| {family} | {state} | " + " | ".join(cells) + " |")
     return head + "\n".join(lines) + "\n"
+
+
+def cell(done: dict[str, Any] | None, state: str, value: Any) -> str:
+    if done is None:
+        return "—"
+    return value(done, state) if state in done else "refused"
 
 
 def plot(path: Path, families: list[str], shares: list[float], found: dict[Any, Any]) -> None:
