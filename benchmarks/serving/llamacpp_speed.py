@@ -1,6 +1,6 @@
 """Requests a second, time to the first token and for each further one in llama.cpp, dense against pruned shapes.
 
-    python benchmarks/serving/llamacpp_speed.py [--out benchmarks/results/serving-llamacpp]
+    python benchmarks/serving/llamacpp_speed.py [--out benchmarks/results/serving-llamacpp-batches]
 
 The model: a random Llama (hidden 512, 8 layers, FFN 1408, 8 heads and 4 KV heads of 64, vocabulary 4096).
 What is measured is the shape: which units go is drawn at random. B sequences are run together in one batch of llama.cpp:
@@ -76,7 +76,7 @@ def compare(dense: Path, pruned: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "serving-llamacpp")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "serving-llamacpp-batches")
     parser.add_argument("--types", default="f16,q8_0,q4_0")
     parser.add_argument("--minutes", type=float, default=60, help="begin no row after this time")
     args = parser.parse_args()
