@@ -123,11 +123,16 @@ def _measure(stream: Stream, budget: Budget, load: Workload, progress: Progress)
     kinds = sorted(set(like))
     for done, i in enumerate(kinds, 1):
         with stream.block(i) as block, torch.no_grad():
-            whole[i] = _seconds(stream, block, i, hidden)
-            parts[i] = [
-                [(s, _seconds(stream, _cut(stream, block, i, s), i, hidden) if k else whole[i]) for k, s in enumerate(options)]
-                for options in _options(budget, i)
-            ]
+            options = _options(budget, i)
+            at = [(p, k) for p, sizes in enumerate(options) for k in range(1, len(sizes))]
+            best = dict.fromkeys([None, *at], float("inf"))
+            for _ in range(RUNS):  # in turns, so that what else the machine does meets all sizes alike
+                best[None] = min(best[None], _seconds(stream, block, i, hidden))
+                for p, k in at:
+                    cut = _cut(stream, block, i, options[p][k])
+                    best[p, k] = min(best[p, k], _seconds(stream, cut, i, hidden))
+            whole[i] = best[None]
+            parts[i] = [[(s, best[p, k] if k else whole[i]) for k, s in enumerate(sizes)] for p, sizes in enumerate(options)]
         progress("times", done, len(kinds))
     return Times(tuple(like), whole, parts)
 
@@ -162,15 +167,12 @@ def _cut(stream: Stream, block: nn.Module, i: int, sizes: Sizes) -> nn.Module:
 
 
 def _seconds(stream: Stream, block: nn.Module, i: int, hidden: Tensor) -> float:
-    best = float("inf")
-    for run in range(RUNS + 1):  # the first one warms up
-        _settle(hidden)
-        started = time.perf_counter()
-        stream.run(block, i, hidden)
-        _settle(hidden)
-        if run:
-            best = min(best, time.perf_counter() - started)
-    return best
+    stream.run(block, i, hidden)  # warms up
+    _settle(hidden)
+    started = time.perf_counter()
+    stream.run(block, i, hidden)
+    _settle(hidden)
+    return time.perf_counter() - started
 
 
 def _settle(tensor: Tensor) -> None:
