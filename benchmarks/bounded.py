@@ -46,7 +46,9 @@ _GIB = 2**30
 def text_file(folder: Path) -> Path:
     """Calibration text: what the documentation says."""
     path = folder / "text.txt"
-    path.write_text("\n\n".join(p.read_text() for p in sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])))
+    text = "\n\n".join(p.read_text() for p in sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]))
+    if not path.exists():  # a run that goes on wants the file that it began with
+        path.write_text(text)
     return path
 
 
@@ -130,8 +132,9 @@ def bounded(args: argparse.Namespace) -> None:
         if name in rows:
             continue
         with tempfile.TemporaryDirectory(dir=args.model.parent) as folder:
-            text = text_file(Path(folder))
-            out = Path(args.keep or folder) / f"out-{name}"
+            place = Path(args.keep or folder)
+            place.mkdir(parents=True, exist_ok=True)
+            text, out = text_file(place), place / f"out-{name}"
             found = prune(args.model, out, ROWS[name][1], memory=args.max_memory, text=text, spill=Path(folder))
             report = found.pop("report")
             rows[name] = {**found, "limit": args.max_memory, "removed": report["removed"], "resources": report.get("resources")}

@@ -9,8 +9,7 @@ import torch
 
 from pared.axes import Nested, parse
 from pared.elimination import Elimination, choose_units, elimination_costs
-from pared.leastsquares import refit
-from test_leastsquares import correlated, moments
+from test_leastsquares import correlated, moments, refit, rows
 
 
 @pytest.mark.parametrize("width", [1, 2])
@@ -23,7 +22,7 @@ def test_the_first_cost_is_the_error_that_the_best_refit_leaves(width: int) -> N
     errors = []
     for block in blocks:
         kept = torch.tensor([i for i in range(8) if i not in block])
-        errors.append(problem.error(refit(problem, w, kept, 1e-12), kept))
+        errors.append(problem.at(kept).error(refit(problem, w, kept, 1e-12)))
     assert first == min(range(len(errors)), key=errors.__getitem__)
     assert float(costs[first]) == pytest.approx(errors[first], rel=1e-3)
 
@@ -35,7 +34,7 @@ def test_down_dated_costs_add_up_to_the_error_of_the_whole_removal() -> None:
     order = costs.argsort()
     for gone in range(1, 5):
         kept = order[gone:].sort().values
-        whole = problem.error(refit(problem, w, kept, 1e-12), kept)
+        whole = problem.at(kept).error(refit(problem, w, kept, 1e-12))
         # Costs are made to ascend, so their sum may only be above; here they ascend of themselves.
         assert float(costs[order[:gone]].sum()) == pytest.approx(whole, rel=2e-2)
 
@@ -69,7 +68,7 @@ def test_the_cost_of_any_removal_is_the_error_that_the_best_refit_leaves() -> No
             state.remove(torch.tensor([column]))
         kept = torch.tensor([i for i in range(9) if i not in gone])
         best = refit(problem, w, kept, 1e-12)
-        assert total == pytest.approx(problem.error(best, kept), rel=1e-2)
+        assert total == pytest.approx(problem.at(kept).error(best), rel=1e-2)
         assert torch.allclose(state.weights.double(), best, atol=1e-3), "what is left is the refit itself"
         at_once = Elimination.of(problem.c, w, damping=1e-12)
         assert float(at_once.costs(torch.tensor([gone]))[0]) == pytest.approx(total, rel=1e-3)
@@ -97,11 +96,32 @@ def test_every_kept_group_keeps_as_many_heads_and_the_cheapest_of_all_go() -> No
 
     def error(groups: tuple[int, ...]) -> float:
         kept = torch.tensor([6 * k + j for k in groups for j in range(6)])
-        return problem.error(refit(problem, w, kept), kept)
+        return problem.at(kept).error(refit(problem, w, kept))
 
     assert tuple(found["kv"].tolist()) == min(itertools.combinations(range(4), 3), key=error)
     one = choose_units(Elimination.of(problem.c, w), node, sizes, {"query": "kv"}, {"query": 2})["query"]
     assert isinstance(one, Nested) and one.index.shape == (4, 2)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_few_tokens_are_eliminated_as_their_second_moments_are(width: int, centred: bool, own: bool) -> None:
+    g = torch.Generator().manual_seed(9)
+    a, w, t = correlated(12, 48, seed=9), torch.randn(5, 48, generator=g), torch.randn(12, 5, generator=g)
+    blocks = torch.arange(48).reshape(-1, width)
+    states = [
+        Elimination.from_sums(known(a, t), w, centred=centred, scale=0.5, own=own)  # type: ignore[operator]
+        for known in (moments, rows)
+    ]
+    copies = [state.copy() for state in states]
+    for start in range(0, len(blocks) - 4, 4):
+        alive = blocks[start:]
+        assert torch.allclose(states[0].costs(alive), states[1].costs(alive), rtol=1e-3, atol=1e-5)
+        for state in states:
+            state.remove(alive[:4].reshape(-1))
+        assert torch.allclose(states[0].weights, states[1].weights, atol=1e-3)
+    assert torch.allclose(copies[0].costs(blocks), copies[1].costs(blocks), rtol=1e-3, atol=1e-5)
 
 
 def test_errors_weighed_by_a_diagonal_are_those_weighed_by_its_matrix() -> None:

@@ -10,10 +10,11 @@ import tiny
 from pared import expertfit
 from pared.axes import Nested
 from pared.calibration import Batch
-from pared.compensate import Method, compensate
+from pared.compensate import compensate
 from pared.source import Source
 from pared.stream import Stream, observed
 from pared.surgery import cut_model
+from pared.walk import Method
 
 FAMILIES = ["mixtral-6", "qwen3_moe", "olmoe"]
 

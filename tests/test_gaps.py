@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 import pared
 import tiny
 from pared.calibration import Batch
-from pared.compensate import Method, compensate
+from pared.compensate import compensate
 from pared.modeling import blocks
 from pared.plan import LayerPlan, Plan
 from pared.proof import proved_layout
 from pared.stream import Stream
 from pared.structure import Layout
 from pared.surgery import cut_model
+from pared.walk import Method
 
 IDS = tiny.tokens(8, 24)
 

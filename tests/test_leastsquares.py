@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from pared.leastsquares import DAMPINGS, Moments2, choose_damping, factored, inverse, refit, refit_guarded, transfer
+from pared.fewrows import BetweenTokens, FewRows
+from pared.leastsquares import DAMPING, DAMPINGS, best_bias, choose_damping, factored, inverse, refit_guarded, transfer
+from pared.moments import Moments2, NormalEquations
 
 
 def correlated(tokens: int, n: int, seed: int = 0) -> Tensor:
@@ -22,23 +26,38 @@ def moments(a: Tensor, t: Tensor) -> Moments2:
     return out
 
 
+def rows(a: Tensor, t: Tensor) -> FewRows:
+    """The same tokens, kept as they are."""
+    out = FewRows()
+    for s in range(0, len(a), 100):
+        out.add(a[s : s + 100], t[s : s + 100])
+    return out
+
+
+def refit(problem: NormalEquations | BetweenTokens, w: Tensor, kept: Tensor | None = None, damping: float = DAMPING) -> Tensor:
+    return problem.solved(w, damping) if kept is None else problem.at(kept).solved(w[:, kept], damping)
+
+
+@pytest.mark.parametrize("known", [moments, rows])
 @pytest.mark.parametrize("centred", [False, True])
-def test_the_refit_is_what_lstsq_finds_and_any_other_weights_are_worse(centred: bool) -> None:
+def test_the_refit_is_what_lstsq_finds_and_any_other_weights_are_worse(
+    centred: bool, known: Callable[[Tensor, Tensor], Moments2 | FewRows]
+) -> None:
     a, w = correlated(400, 10), torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
     t, kept = a @ w.T, torch.tensor([0, 2, 3, 7, 9])
-    problem = moments(a, t).problem(centred=centred)
+    problem = known(a, t).problem(centred=centred)
     new = refit(problem, w, kept, damping=1e-9)
     inputs = a[:, kept].double()
     if centred:
         inputs = torch.cat([inputs, torch.ones(len(a), 1, dtype=torch.float64)], 1)
     best = torch.linalg.lstsq(inputs, t.double()).solution.T
     assert torch.allclose(new, best[:, : len(kept)], atol=1e-4)
-    least = problem.error(new, kept)
-    realised = ((t - a[:, kept] @ new.float().T - problem.bias(new, kept).float()) ** 2).sum(1).mean()
+    least = problem.at(kept).error(new)
+    realised = ((t - a[:, kept] @ new.float().T - best_bias(problem.at(kept), new).float()) ** 2).sum(1).mean()
     assert least == pytest.approx(float(realised), rel=1e-3)
     for seed in range(20):
         step = 1e-3 * torch.randn(new.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        assert problem.error(new + step, kept) > least
+        assert problem.at(kept).error(new + step) > least
 
 
 def test_keeping_everything_changes_nothing() -> None:
@@ -63,7 +82,7 @@ def test_the_guard_never_takes_weights_that_are_worse_on_held_out_tokens() -> No
         else:
             problem, taken = check.problem(centred=False), taken + 1
             chosen = refit(fit.problem(centred=False), w, kept, damping)
-            assert problem.error(chosen, kept) < problem.error(w.double()[:, kept], kept)
+            assert problem.at(kept).error(chosen) < problem.at(kept).error(w.double()[:, kept])
     assert taken < 10
 
 
@@ -119,15 +138,16 @@ def test_a_transfer_is_the_refit_of_every_matrix_at_once(centred: bool) -> None:
     drifted = h + 0.3 * torch.randn(400, 6, generator=g)
     w, bias = torch.randn(9, 6, generator=g), torch.randn(9, generator=g)
     fit, held = moments(drifted[:300], h[:300]), moments(drifted[300:], h[300:])
-    t, shift, damping = transfer(fit, held, w, centred=centred)
-    assert damping is not None
+    change, shift, damping = transfer(fit, held, [w[:4], w[4:]], centred=centred)
+    assert damping is not None and change is not None
+    moved = w + change.onto(w)
     target = h @ w.T + (bias if centred else 0.0)
     direct = moments(drifted, target).problem(centred=centred)
     new = refit(direct, w, None, damping)
-    assert torch.allclose(w.double() @ t, new, atol=1e-3)
+    assert torch.allclose(moved.double(), new, atol=1e-3)
     if centred:
-        assert torch.allclose(bias + w.double() @ shift, direct.bias(new), atol=1e-3)
-    error = (target - drifted @ (w.double() @ t).float().T - (bias + w @ shift.float() if centred else 0.0)).square().sum()
+        assert torch.allclose(bias + w.double() @ shift, best_bias(direct, new), atol=1e-3)
+    error = (target - drifted @ moved.T - (bias + w @ shift.float() if centred else 0.0)).square().sum()
     assert error < (target - drifted @ w.T - (bias if centred else 0.0)).square().sum()
 
 
@@ -143,5 +163,41 @@ def test_a_mixed_target_is_the_mixture_of_targets(alpha: float, centred: bool) -
     kept = torch.tensor([0, 2, 5])
     one, two = refit(got, w, kept), refit(want, w, kept)
     assert torch.allclose(one, two, atol=1e-3)
-    assert got.error(one, kept) == pytest.approx(want.error(two, kept), rel=1e-2)
-    assert torch.allclose(got.bias(one, kept), want.bias(two, kept), atol=1e-3)
+    assert got.at(kept).error(one) == pytest.approx(want.at(kept).error(two), rel=1e-2)
+    assert torch.allclose(best_bias(got.at(kept), one), best_bias(want.at(kept), two), atol=1e-3)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("n", [60, 700])
+def test_few_tokens_give_what_their_second_moments_give(centred: bool, n: int) -> None:
+    g = torch.Generator().manual_seed(14)
+    a, held = correlated(40, n, 14), correlated(9, n, 15)
+    w, bias = torch.randn(5, n, generator=g), torch.randn(5, generator=g) if centred else None
+    t, aim = torch.randn(40, 5, generator=g), torch.randn(9, 5, generator=g)
+    kept = torch.arange(0, n, 2)
+    found = []
+    for known in (moments, rows):
+        fit, by = known(a, t).mixed(w, bias, 0.7), known(held, aim).mixed(w, bias, 0.7)  # type: ignore[operator]
+        scale = fit.scale(centred=centred)
+        problem = fit.at(kept).problem(centred=centred, scale=scale)
+        new = problem.solved(w[:, kept], 1e-2)
+        gain = by.at(kept).problem(centred=centred).gain(w[:, kept], new)
+        whole = fit.plus(by).at(kept).problem(centred=centred, scale=scale)
+        found.append((scale, new, gain, problem.error(new), best_bias(problem, new), whole.solved(w[:, kept], 1e-1)))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(torch.as_tensor(one), torch.as_tensor(other), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_few_tokens_are_moved_as_their_second_moments_are(centred: bool) -> None:
+    g = torch.Generator().manual_seed(16)
+    h = correlated(50, 30, 16)
+    drifted = h @ (torch.eye(30) + 0.1 * torch.randn(30, 30, generator=g))
+    weights = [torch.randn(4, 30, generator=g), torch.randn(7, 30, generator=g)]
+    (change, shift, damping), (other, other_shift, other_damping) = (
+        transfer(known(drifted[:40], h[:40]), known(drifted[40:], h[40:]), weights, centred=centred)
+        for known in (moments, rows)
+    )
+    assert damping is not None and damping == other_damping and change is not None and other is not None
+    assert torch.allclose(change.onto(weights[1]), other.onto(weights[1]), atol=1e-3)
+    assert torch.allclose(shift, other_shift, atol=1e-3)

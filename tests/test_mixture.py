@@ -17,12 +17,13 @@ from pared.budget import Amount, Budget
 from pared.budget.mixture import fewer_layers
 from pared.budget.trials import Judges
 from pared.calibration import Batch
-from pared.compensate import Method, compensate
+from pared.compensate import compensate
 from pared.modeling import blocks
 from pared.plan import LayerPlan, Plan
 from pared.proof import proved_layout
 from pared.stream import Stream
 from pared.surgery import cut_refitted
+from pared.walk import Method
 
 IDS = tiny.tokens(16, 24)
 MIXED = ("layer", "kv", "query", "ffn")

@@ -19,7 +19,7 @@ from pared.budget.search import Shape, combined, mutate, search
 from pared.budget.trials import Judges, with_scrambled
 from pared.budget.uniform import allocate_uniform, per_layer, uniform_shapes
 from pared.calibration import Batch
-from pared.compensate import Method, compensate
+from pared.compensate import compensate
 from pared.errors import UsageError
 from pared.journal import Journal
 from pared.plan import Plan, layer_plan
@@ -27,6 +27,7 @@ from pared.source import Source
 from pared.stream import Stream
 from pared.structure import Layout
 from pared.surgery import cut_refitted
+from pared.walk import Method
 
 AXES = ("kv", "query", "ffn")
 
@@ -202,7 +203,7 @@ def test_one_elimination_gives_every_size_its_units_and_its_refit() -> None:
         _, alone = measure_levels(stream, block, 0, hidden, AXES)
         _, together = measure_levels(stream, block, 0, hidden, AXES)
         sizes = [{"ffn": n} for n in (40, 24, 8)]
-        together.prepare(sizes)
+        together.prepare(sizes, stream.pool)
         for own in sizes:
             keep = together.select(own)
             (name,) = together.tensors(block, keep)

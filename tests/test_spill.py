@@ -16,13 +16,14 @@ from torch import Tensor
 import tiny
 from pared.calibration import Batch
 from pared.checkpoint import Checkpoint
-from pared.compensate import Method, compensate
+from pared.compensate import compensate
 from pared.criteria import get_criterion
 from pared.errors import ResourceError
 from pared.estimate import estimate
 from pared.proof import proved_layout
 from pared.spill import Pool
 from pared.stream import Stream
+from pared.walk import Method
 
 BATCHES = [Batch(tiny.tokens(3, 14)), Batch(tiny.tokens(2, 9, seed=4)), Batch(tiny.tokens(1, 14, seed=5))]
 

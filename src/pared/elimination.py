@@ -7,52 +7,58 @@ down-dated, so that later costs count on the refit. Source: Hassibi & Stork 1992
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from pared.axes import Nested, Node, coordinates
-from pared.leastsquares import DAMPING, factored, inverse, ridge
+from pared.distributed import size
+from pared.fewrows import FewRows, are_few
+from pared.inverses import DenseInverse, Inverse
+from pared.leastsquares import DAMPING, factored, ridge
+from pared.moments import Moments2
 
+# What is known of a consumer's tokens.
+Sums = Moments2 | FewRows
 # All units of one column would go in this many rounds; between two of them costs are taken as they are.
 ROUNDS = 128
-# Rows that move together when what is gone is squeezed out.
+# Rows of V whose squares are there at once.
 STRIP = 256
 
 
-class Elimination:
-    """The state of removing columns of one consumer: V [out, n], fp32, and H [n, n], float64, down-dated as columns go.
+def sums_for(n: int, out: int, tokens: int, device: torch.device | str = "cpu") -> Sums:
+    """What to gather of so many tokens in a consumer with n inputs; out: 0 where `of_output` will say what the targets are."""
+    return FewRows() if size() == 1 and are_few(tokens, n) else Moments2.zeros(n, out, device)
 
-    square: makes C [n, n], float64, which H takes the place of. cross: X [out, n], float64, given up, where the target is not W a: V is then
-    the refit to it, (X + ridge W) H. Columns that are gone are dropped from the matrices now and then.
+
+class Elimination:
+    """The state of removing columns of one consumer: V [out, n], float32, and H, both down-dated as columns go.
+
+    Columns that are gone are dropped from both now and then.
     """
 
-    def __init__(
-        self,
-        square: Callable[[], Tensor],
-        w: Tensor,
-        *,
-        scale: float,
-        cross: Tensor | None = None,
-        damping: float = DAMPING,
-    ) -> None:
-        added = ridge(scale, damping)
-        self.h = inverse(square, added)
-        self.v = w.float().clone() if cross is None else (cross.add_(w, alpha=added) @ self.h).float()
-        self._place = torch.arange(len(self.h), device=self.h.device)  # of each original column, -1 for those gone
+    def __init__(self, h: Inverse, v: Tensor) -> None:
+        self.h, self.v = h, v
+        self._place = torch.arange(len(h), device=v.device)  # of each original column, -1 for those gone
 
     @classmethod
     def of(cls, c: Tensor, w: Tensor, *, damping: float = DAMPING) -> Elimination:
-        """From C [n, n] itself, which is left as it is."""
+        """From C [n, n] itself, which is left as it is; the target is what the layer gives."""
         c = c.double()
-        return cls(c.clone, w, scale=float(c.diagonal().mean()), damping=damping)
+        return cls(DenseInverse(c.clone, ridge(float(c.diagonal().mean()), damping)), w.float().clone())
+
+    @classmethod
+    def from_sums(cls, sums: Sums, w: Tensor, *, centred: bool, scale: float, own: bool = False) -> Elimination:
+        """From what is known of the tokens. own: the target is what the layer gives; else V starts as the refit to theirs."""
+        added = ridge(scale, DAMPING)
+        h = sums.inverse(added, centred=centred)
+        return cls(h, w.float().clone() if own else sums.regressed(h, w, added, centred=centred))  # type: ignore[arg-type]
 
     def copy(self) -> Elimination:
         """Another at the same point."""
-        other = copy.copy(self)
-        other.h, other.v, other._place = self.h.clone(), self.v.clone(), self._place.clone()
+        other = Elimination(self.h.copy(), self.v.clone())
+        other._place = self._place.clone()
         return other
 
     @property
@@ -77,28 +83,28 @@ class Elimination:
         at = self._place[blocks]
         if at.shape[1] == 1:
             at = at[:, 0]
-            power = torch.linalg.vector_norm(self.v, dim=0).double().square()
+            power = torch.zeros(self.v.shape[1], dtype=torch.float64, device=self.v.device)
+            for rows in self.v.split(STRIP):
+                power += rows.square().sum(0)
             return power[at] / self.h.diagonal()[at].clamp(min=1e-300)
-        part = torch.stack([self.h[b][:, b] for b in at])
+        part = self.h.squares(at)
         v = self.v[:, at].permute(1, 2, 0).double()  # [units, columns, out]
         return (v * torch.linalg.solve(part, v)).sum((1, 2))
 
     def remove(self, columns: Tensor) -> None:
         """Take columns (by their original number) out and let those that stay make up for them."""
         gone = self._place[columns]
-        rows = self.h[gone]
+        rows = self.h.rows(gone)
         gain = torch.cholesky_solve(rows, factored(rows[:, gone].clone, 0.0))
-        self.h.addmm_(rows.T, gain, alpha=-1)
+        self.h.down_date(gone, rows, gain)
         self.v.addmm_(self.v[:, gone], gain.float(), alpha=-1)
         self._place[columns] = -1
         left = self._place[self._place >= 0]
         # What is gone stays in the matrices until much of them is: moving them each time would cost more than the update.
         if len(left) < 0.75 * len(self.h):
-            n = len(left)
-            for s in range(0, n, STRIP):  # rows move up only, so what is still to be read is never overwritten
-                self.h[s : min(s + STRIP, n), :n] = self.h[left[s : s + STRIP]][:, left]
-            self.h, self.v = self.h[:n, :n], self.v[:, left]
-            self._place[self._place >= 0] = torch.arange(n, device=left.device)
+            self.h.squeeze(left)
+            self.v = self.v[:, left]
+            self._place[self._place >= 0] = torch.arange(len(left), device=left.device)
 
 
 def elimination_costs(state: Elimination, blocks: Tensor, *, rounds: int = ROUNDS) -> Tensor:

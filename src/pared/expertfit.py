@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pared.axes import Name, Nested, Selection, names, take, units
-from pared.leastsquares import Moments2, refit_guarded
+from pared.leastsquares import refit_guarded
+from pared.moments import Moments2
 from pared.spill import States
 from pared.stream import Stream, observed
 from pared.structure import Layout

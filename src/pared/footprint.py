@@ -13,6 +13,7 @@ from math import prod
 
 import torch
 
+from pared import solves
 from pared.accounting import block_count
 from pared.axes import names
 from pared.blockparts import consumers_of
@@ -20,6 +21,7 @@ from pared.budget import Amount, Budget
 from pared.budget.trials import KEPT
 from pared.budget.uniform import uniform_shapes
 from pared.criteria import get_criterion
+from pared.distributed import size
 from pared.effort import GENERATIONS, measures, reselected
 from pared.errors import UsageError
 from pared.recipe import Recipe
@@ -77,6 +79,7 @@ class Work:
     seq_len: int
     refits: bool
     writes: bool
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -173,10 +176,6 @@ def _block(work: Work, i: int) -> _Block:
     )
 
 
-# Multiples of n x n float64 that the solves for a consumer of n channels hold at their worst moment, and of n x out.
-SQUARES, STRIPS = 7.0, 8.0
-
-
 def footprint(
     layout: Layout,
     recipe: Recipe,
@@ -195,7 +194,9 @@ def footprint(
     base: bytes that the process holds already. writes: whether a checkpoint is written.
     """
     refits = recipe.compensate != "none" or bool(recipe.reconstruct)
-    work = Work(layout, recipe, tuple(axes), experts_used, compute.itemsize, stored.itemsize, samples, seq_len, refits, writes)
+    work = Work(
+        layout, recipe, tuple(axes), experts_used, compute.itemsize, stored.itemsize, samples, seq_len, refits, writes, size()
+    )
     blocks = [_block(work, i) for i in range(layout.num_layers)]
     outside = [n for n in layout.tensors if layout.layer_of(n) is None and n not in layout.tied]
     table = max((prod(layout.shapes[n]) for n in outside), default=0)
@@ -204,7 +205,7 @@ def footprint(
     end = table + (rest - 2 * table if not layout.tied and rest >= 2 * table else rest - table)
     stages = [*_scoring(work, blocks, end), *_measuring(work, blocks, end)]
     if refits and (writes or reselected(recipe, layout)):
-        stages.append(_walk(work, blocks, end))
+        stages += _walk(work, blocks, end)
     if writes:
         stages.append(_writing(work, blocks, rest))
     source = work.stored * (rest + sum(b.entries for b in blocks))
@@ -243,7 +244,7 @@ def _scoring(work: Work, blocks: list[_Block], end: int) -> list[Stage]:
     tables = 2 * work.stored * end
     head = Stage("loss", c * end + _logits(work, 5), states=_states(work, big))
     embed = Stage("embed", c * end, states=_states(work, big))
-    fixed, passes, solves = c * big.entries, 1.0, 0.0
+    fixed, passes, solved = c * big.entries, 1.0, 0.0
     row, states, read = _forward(work, big), 2 * _states(work, big), whole + tables // 2
     if criterion.needs in ("gradients", "squared-gradients"):
         copies = 2 if criterion.needs == "squared-gradients" else 1
@@ -254,7 +255,7 @@ def _scoring(work: Work, blocks: list[_Block], end: int) -> list[Stage]:
         fixed += sum(4 * (n * n + (o * o if fisher else 0)) for n, o in big.consumers)
         n, o = max(big.consumers, default=(0, 0))
         fixed += int(8 * (4 * n * n + 3 * n * o))
-        solves = sum(3.0 * n**3 + 2.0 * n * n * o for b in blocks for n, o in b.consumers)
+        solved = sum(3.0 * n**3 + 2.0 * n * n * o for b in blocks for n, o in b.consumers)
         passes = 3.0 if fisher else 1.0
         read = 2 * whole + tables if fisher else read
     if criterion.needs in ("gradients", "squared-gradients", "second-moments-fisher"):
@@ -265,12 +266,12 @@ def _scoring(work: Work, blocks: list[_Block], end: int) -> list[Stage]:
         states = (most + 2) * _states(work, big)
     if criterion.needs == "rotation":  # a block in another basis beside it, in float64 while it is turned; the basis itself
         fixed += c * big.entries + 3 * 8 * big.largest + 8 * 6 * big.hidden**2
-        solves = 25.0 * big.hidden**3
+        solved = 25.0 * big.hidden**3
     if criterion.needs == "removal":  # a pass for each removal, in which half of the candidates travel on the average
         rounds = max(1, round(recipe.share * most))
         passes, read = rounds * (most + 2) / 2, rounds * (whole + tables)
     flops = passes * _passes(work, blocks)
-    stage = Stage(criterion.name, fixed, row, states, c * big.entries, read, flops=flops, solves=solves)
+    stage = Stage(criterion.name, fixed, row, states, c * big.entries, read, flops=flops, solves=solved)
     return [embed, stage, *([head] if passes > 1 else [])]
 
 
@@ -286,51 +287,67 @@ def _measuring(work: Work, blocks: list[_Block], end: int) -> list[Stage]:
     else:
         budget = Budget(work.layout, Amount(recipe.share, recipe.of), work.axes, experts_used=work.experts_used)
         models, rounds, share = len(uniform_shapes(budget)), 1, 0.35
-    n, o = max(big.consumers, default=(0, 0))
-    fixed = 2 * work.itemsize * big.entries + sum(4 * (n * n + n * o) for n, o in big.consumers)
-    fixed += int(8 * (5 * n * n + 4 * n * o))
+    share_tokens = int(share * work.samples * work.seq_len)
+    parts = [solves.Consumer(n, o, share_tokens, 1 - recipe.share, work.processes) for n, o in big.consumers]
+    sums = sum(c.sums(0 if recipe.allocate != "search" else c.out) for c in parts)
+    eliminated, cut = max((c.eliminated for c in parts), default=0), work.itemsize * big.entries
+    fixed = work.itemsize * big.entries + sums + max(eliminated, cut)
+    refitted = models * sum(c.weights for c in parts)
     if recipe.allocate == "search":
-        fixed += min(KEPT, work.layout.num_layers * sum(4 * (n * n + n * o) for n, o in big.consumers))
-    solves = rounds * models * sum(3.0 * n**3 + 2.0 * n * n * o for b in blocks for n, o in b.consumers)
+        fixed += min(KEPT, work.layout.num_layers * sums) + max((c.selected for c in parts), default=0)
+    every = [solves.Consumer(n, o, share_tokens, 1 - recipe.share, work.processes) for b in blocks for n, o in b.consumers]
+    solved = rounds * (models if recipe.allocate == "search" else 1) * sum(c.elimination_flops for c in every)
     return [
         Stage(
             "trials",
             fixed,
             _forward(work, big),
-            int(share * (models + 2) * _states(work, big)),
+            int(share * (models + 2) * _states(work, big)) + refitted,
             work.itemsize * big.entries,
             rounds * whole,
             flops=rounds * share * (models + 1) * _passes(work, blocks),
-            solves=solves,
+            solves=solved,
         ),
         Stage("trials' logits", work.itemsize * end + _logits(work, 7), states=int(share * (models + 1) * _states(work, big))),
     ]
 
 
-def _walk(work: Work, blocks: list[_Block], end: int) -> Stage:
+def _walk(work: Work, blocks: list[_Block], end: int) -> list[Stage]:
     """The dense and the pruned stream side by side, and the solves between them."""
     big = max(blocks, key=lambda b: b.entries)
     sequential = work.recipe.compensate == "sequential"
-    n, o = max(big.consumers, default=(0, 0))
-    fixed = int((2.8 if sequential else 1.8) * work.itemsize * big.entries)
-    fixed += int(8 * (SQUARES * n * n + STRIPS * n * o))
+    tokens, keep = work.samples * work.seq_len, 1 - work.recipe.share
+    parts = [solves.Consumer(n, o, tokens, keep, work.processes) for n, o in big.consumers]
+    moved = solves.Moved(big.hidden, big.producer_entries, tokens // 2, work.processes) if sequential else None
+    # The block, what of it is refitted, and what is cut for the stage at hand.
+    held = int(work.itemsize * (big.entries + (big.producer_entries if sequential else 0)) + sum(c.weights for c in parts))
+    gathered = max((c.gathered for c in parts), default=0)
+    solving = max([c.peak for c in parts] + ([moved.peak] if moved else []), default=0)
     states = (5 + 2 * len(big.consumers) if sequential else 3 + len(big.consumers)) * _states(work, big)
-    tokens = work.samples * work.seq_len
-    moments = tokens * sum(2.0 * n * (n + o) for b in blocks for n, o in b.consumers)
-    if sequential:
-        moments += tokens * sum(2.0 * 2 * b.hidden**2 * len(b.consumers) for b in blocks)
-    solves = sum(5.0 * n**3 / 3 + 7 * 2.0 * n * n * o for b in blocks for n, o in b.consumers)
+    flops = solved = 0.0
+    for b in blocks:
+        for n, o in b.consumers:
+            one = solves.Consumer(n, o, tokens, keep, work.processes)
+            flops, solved = flops + one.flops, solved + one.solves
+        if sequential:
+            every = solves.Moved(b.hidden, b.producer_entries, tokens // 2, work.processes)
+            flops, solved = flops + every.flops, solved + every.solves
     steps = 4.0 * (work.recipe.reconstruct or 0) * work.recipe.batch / max(1, work.samples)
-    return Stage(
-        "refit",
-        fixed,
-        _forward(work, big) * (2 if work.recipe.reconstruct else 1),
-        states,
-        work.itemsize * big.entries,
-        work.stored * (sum(b.entries for b in blocks) + end),
-        flops=(3.5 + steps if sequential else 2.5) * _passes(work, blocks) + moments,
-        solves=solves,
-    )
+    rows = _forward(work, big) * (2 if work.recipe.reconstruct else 1)
+    block = work.itemsize * big.entries
+    return [
+        Stage(
+            "refit",
+            held + gathered,
+            rows,
+            states,
+            block,
+            work.stored * (sum(b.entries for b in blocks) + end),
+            flops=(3.5 + steps if sequential else 2.5) * _passes(work, blocks) + flops,
+            solves=solved,
+        ),
+        Stage("refit: the solves", held + solving, states=states, block=block),
+    ]
 
 
 def _writing(work: Work, blocks: list[_Block], rest: int) -> Stage:

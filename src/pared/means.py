@@ -21,7 +21,7 @@ from pared.predict import need_of
 from pared.process import resident_bytes
 from pared.recipe import Recipe
 from pared.resolve import DEFAULT_SEQ_LEN, calibrate, compute_dtype
-from pared.resources import Limits, Resources, choose
+from pared.resources import Limits, Resources, choose, largest_batch
 from pared.source import Source
 from pared.spill import Pool
 from pared.stream import Stream
@@ -120,7 +120,7 @@ def resources_of(
             fix="--calibration FILE",
         )
     beside = Path(out).expanduser().absolute().parent if out is not None else None
-    return choose(need, limits, min(recipe.batch, samples), device=recipe.device, beside=beside), need
+    return choose(need, limits, largest_batch(recipe, samples, seq_len), device=recipe.device, beside=beside), need
 
 
 def tell(progress: Progress, **known: int | None) -> None:

@@ -145,6 +145,7 @@ def write_pruned(
         changed = done.tensors if done is not None else {}
         write(layout.block_tensors(layer.source), lambda read, i=i, p=plan, c=changed: cut_block(layout, p, i, read, c))  # type: ignore[misc]
         steps.done(i + 1, len(plan.layers), done)
+        del done, changed  # while the next block is refitted
     add_config(writer, target, per_layer, result)
     files = vocabulary.files if vocabulary else {}
     for path in source.checkpoint.side_files() if source.checkpoint else []:

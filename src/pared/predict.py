@@ -15,7 +15,7 @@ from pared.footprint import Footprint, footprint
 from pared.recipe import Recipe, make_recipe
 from pared.report.inspection import Described, describe
 from pared.resolve import DEFAULT_SEQ_LEN, compute_dtype, resolve, scored_axes
-from pared.resources import Limits, Resources, choose
+from pared.resources import Limits, Resources, choose, largest_batch
 from pared.source import Source
 
 
@@ -129,6 +129,8 @@ def predict(
     need = need_of(source, recipe, stored=found.dtype, samples=recipe.samples, seq_len=seq_len, writes=True, base=resident)
     if need is None:
         return None
-    resources = choose(need, limits or Limits(), min(recipe.batch, recipe.samples), device=recipe.device, check=False)
+    resources = choose(
+        need, limits or Limits(), largest_batch(recipe, recipe.samples, seq_len), device=recipe.device, check=False
+    )
     speed = hardware or Hardware.here(compute_dtype(recipe) or found.dtype, recipe.device)
     return {"model_type": found.config.model_type, **predicted(need, resources, speed)}

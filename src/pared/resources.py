@@ -14,8 +14,11 @@ import torch
 from pared.errors import ResourceError, UsageError
 from pared.footprint import Footprint, parse_size, show_size
 from pared.process import resident_bytes
+from pared.recipe import Recipe
 from pared.spill import Pool
 
+# On a CPU more tokens at once are no faster, and what runs through a block is as large as they are many.
+TOKENS = 1024
 # Below this a block is read sooner than a thread is woken.
 _WORTH_AHEAD = 16 << 20
 
@@ -64,6 +67,13 @@ class Resources:
     def smaller(self) -> Resources:
         """The same with half the batch."""
         return replace(self, batch=max(1, self.batch // 2))
+
+
+def largest_batch(recipe: Recipe, samples: int, seq_len: int) -> int:
+    """Sequences that may run together. A step of gradient descent takes one batch: there it is what was asked for."""
+    batch = min(recipe.batch, samples)
+    on_cpu = torch.device(recipe.device).type == "cpu"
+    return min(batch, max(1, TOKENS // seq_len)) if on_cpu and not recipe.reconstruct else batch
 
 
 def choose(

@@ -17,7 +17,7 @@ from pared.budget import Amount, Budget
 from pared.budget.select import Effort, check_amount, make_plan, recount
 from pared.budget.uniform import allocate_uniform
 from pared.calibration import Calibration, together
-from pared.compensate import Method, Reached, Refitted, compensate
+from pared.compensate import Reached, Refitted, compensate
 from pared.compose import compose
 from pared.criteria import get_criterion
 from pared.depth import Depth
@@ -44,6 +44,7 @@ from pared.retokenize import (
 from pared.rotation import Rotation
 from pared.source import Source
 from pared.surgery import Turned, cut_model, cut_refitted, written_as
+from pared.walk import Method
 from pared.writer import CheckpointWriter
 
 
@@ -200,6 +201,7 @@ def chosen_again(plan: Plan, refitted: Iterator[Refitted] | None) -> Plan:
     """The plan with the units that the walk chose; what it refitted is let go."""
     for i, done in enumerate(refitted or ()):
         plan = plan.with_layer(i, done.layer)
+        del done
     return plan
 
 

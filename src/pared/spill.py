@@ -16,8 +16,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from pared import process
 from pared.durable import FULL
 from pared.errors import ResourceError
+
+# What is freed on the way lies between the tensors that stay, and is given back each time that so many bytes of them came.
+TIDY = 32 << 20
 
 
 class Pool:
@@ -32,6 +36,7 @@ class Pool:
         self.held = self.device_held = self.spilled = 0
         self.most_spilled = self.written = self.read = 0
         self._file = -1
+        self._came = 0
         self._end = 0
         self._free: list[tuple[int, int]] = []  # (offset, bytes) of the file's gaps, ascending
 
@@ -44,6 +49,10 @@ class Pool:
         tensor = tensor.detach()
         nbytes = tensor.numel() * tensor.element_size()
         if tensor.device.type == "cpu":
+            self._came += nbytes
+            if self._came >= TIDY:
+                self._came = 0
+                process.return_freed_memory()
             if self.room is None or self.held + nbytes <= self.room:
                 return _Kept(self, tensor, nbytes, "held")
             return self._to_disk(tensor, nbytes)

@@ -9,7 +9,7 @@ resident already goes the same way, with nothing to load, so both give the same 
 from __future__ import annotations
 
 import contextlib
-import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,23 +63,35 @@ def nothing_around(i: int, block: nn.Module) -> contextlib.AbstractContextManage
 
 
 class _Ahead:
-    """Reads the block that comes next, in the order in which the last two came, while one is at work."""
+    """Reads the block that comes next, in the order in which the last two came, while one is at work; where reading takes
+    so little against the work that waiting for it is not felt, it is left until it is needed, and so is its memory."""
+
+    SHARE = 0.05
 
     def __init__(self, weights: modeling.Weights, layout: Layout, dtype: torch.dtype | None, device: torch.device) -> None:
-        self._fetch = functools.partial(weights.fetch, dtype=dtype, device=device)
+        self._weights, self._dtype, self._device = weights, dtype, device
         self._layout = layout
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="pared-ahead")
         self._last: int | None = None
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._since = self._reading = 0.0
 
-    def take(self, i: int) -> dict[str, Tensor] | None:
-        """What was read of block i, None where it was not foreseen; begins with the one after it."""
+    def take(self, i: int) -> dict[str, Tensor]:
+        """What block i is made of, read before or now; begins with the one after it where that is worth while."""
         foreseen, self._next = self._next, None
-        got = foreseen[1].result() if foreseen is not None and foreseen[0] == i else None
-        after = 2 * i - self._last if self._last is not None and abs(i - self._last) == 1 else i + 1 if i == 0 else -1
+        began = time.monotonic()
+        got = foreseen[1].result() if foreseen is not None and foreseen[0] == i else self._fetch(self._layout.block_tensors(i))
+        after = 2 * i - self._last if self._last is not None and abs(i - self._last) == 1 else -1
+        worked, self._since = began - self._since, time.monotonic()
         self._last = i
-        if 0 <= after < self._layout.num_layers:
+        if 0 <= after < self._layout.num_layers and self._reading >= self.SHARE * worked:
             self._next = after, self._reader.submit(self._fetch, self._layout.block_tensors(after))
+        return got
+
+    def _fetch(self, names: list[str]) -> dict[str, Tensor]:
+        began = time.monotonic()
+        got = self._weights.fetch(names, self._dtype, self._device)
+        self._reading = time.monotonic() - began
         return got
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from pared.axes import Nested, Node, indices
 from pared.blockparts import bias_of, consumers_of, oriented, rebuilt, stored
 from pared.budget import Sizes
-from pared.elimination import Elimination, choose_units, elimination_costs
-from pared.leastsquares import Moments2, refit
+from pared.elimination import Elimination, Sums, choose_units, elimination_costs, sums_for
+from pared.leastsquares import DAMPING
 from pared.plan import kept_sizes
-from pared.spill import States
+from pared.spill import Pool, States
 from pared.stream import Stream, observed
 from pared.structure import Layout
 
@@ -29,17 +29,22 @@ ROUGHLY = 24
 
 @dataclass
 class Consumer:
-    """One matrix back into the residual stream: W as [out, n], its bias, and moments of its input."""
+    """One matrix back into the residual stream: W as [out, n], its bias, and what is known of its input.
+
+    refitted: weights that were solved for, where the pool has put them. targets: whether `sums` hold what the layer gives
+    as well; only a refit that is solved for from them needs that.
+    """
 
     name: str
     axes: tuple[str, ...]
     weight: Tensor
     bias: Tensor | None
-    moments: Moments2
+    sums: Sums
     fisher: Tensor | None = None
     order: dict[str, Tensor] = field(default_factory=dict)
     chosen: dict[Key, Selection] = field(default_factory=dict)
-    refitted: dict[Key, Tensor] = field(default_factory=dict)
+    refitted: dict[Key, States] = field(default_factory=dict)
+    targets: bool = False
 
     @property
     def centred(self) -> bool:
@@ -47,11 +52,20 @@ class Consumer:
 
     def elimination(self) -> Elimination:
         """Of all its columns, before any has gone."""
-        scale = self.moments.scale(centred=self.centred)
-        state = Elimination(lambda: self.moments.square(centred=self.centred), self.weight, scale=scale)
+        scale = self.sums.scale(centred=self.centred)
+        state = Elimination.from_sums(self.sums, self.weight, centred=self.centred, scale=scale, own=True)
         if self.fisher is not None:
             state.weigh(self.fisher)
         return state
+
+    def solved(self, key: Key, kept: Tensor) -> Tensor:
+        """The refit of some columns: the one that elimination left for these sizes, or solved for."""
+        if key in self.refitted:
+            return self.refitted[key][0]
+        scale = self.sums.scale(centred=self.centred)
+        if not self.targets:
+            self.sums, self.targets = self.sums.of_output(self.weight, self.bias), True
+        return self.sums.at(kept).problem(centred=self.centred, scale=scale).solved(self.weight[:, kept], DAMPING)
 
 
 @dataclass
@@ -68,8 +82,8 @@ class Levels:
 
     @property
     def nbytes(self) -> int:
-        """Of what is kept: second moments, and targets of the size of the weights."""
-        return sum(4 * (c.moments.upper.numel() + c.moments.ta.numel()) for c in self.consumers)
+        """Of what is kept: what is known of the inputs, and targets of the size of the weights."""
+        return sum(c.sums.nbytes + 4 * c.weight.numel() for c in self.consumers)
 
     def shrunk(self, sizes: Sizes) -> Sizes:
         """Only those sizes that are smaller than the dense block's."""
@@ -100,7 +114,7 @@ class Levels:
             consumer.order[axis] = elimination_costs(consumer.elimination(), blocks).argsort(descending=True, stable=True)
         return {axis: consumer.order[axis][: wanted[axis]].sort().values}
 
-    def prepare(self, shapes: Sequence[Sizes]) -> None:
+    def prepare(self, shapes: Sequence[Sizes], pool: Pool) -> None:
         """Choose and refit for all of these sizes at once: what elimination leaves is the refit to what the layer did."""
         full = self.layout.sizes_at(self.layer)
         for consumer in self.consumers:
@@ -113,7 +127,7 @@ class Levels:
                 at = state if len(axes) == 1 and not axes & self.layout.parents.keys() else state.copy()
                 consumer.chosen[key] = choose_units(at, *self._at(consumer), dict(key), rounds=ROUGHLY)
                 if consumer.fisher is None:
-                    consumer.refitted[key] = at.weights.clone()
+                    consumer.refitted[key] = pool.store([at.weights])
 
     def _single(self, consumer: Consumer, key: Key) -> str | None:
         """The axis, where a consumer has only this one and it is in no other."""
@@ -150,16 +164,12 @@ class Levels:
                 continue
             full = self.layout.sizes_at(self.layer)
             sizes = {a: n for a, n in kept_sizes(keep).items() if a in consumer.axes and n < full[a]}
-            new = consumer.refitted.get(tuple(sorted(sizes.items())))
-            moments, scale = consumer.moments, consumer.moments.scale(centred=consumer.centred)
-            if new is None:
-                new = refit(moments.at(kept).problem(centred=consumer.centred, scale=scale), consumer.weight[:, kept])
+            new = consumer.solved(tuple(sorted(sizes.items())), kept)
             out[consumer.name] = stored(self.layout, name, new, consumer.weight.dtype)
             if consumer.bias is not None:
-                n = max(moments.count, 1.0)
-                out[bias_of(consumer.name)] = ((moments.t.double() - new.double() @ moments.a[kept].double()) / n).to(
-                    consumer.bias
-                )
+                mean, w = consumer.sums.mean(), consumer.weight.double()
+                bias = consumer.bias.double() + w @ mean - new.double() @ mean[kept]
+                out[bias_of(consumer.name)] = bias.to(consumer.bias)
         return out
 
     def module(self, stream: Stream, block: nn.Module, sizes: Sizes) -> nn.Module:
@@ -179,20 +189,20 @@ def measure_levels(
     """Run a dense block on all batches: its outputs, and its levels. axes: those that may shrink."""
     weights = {n: p.detach() for n, p in block.named_parameters()}
     layout, found = stream.layout, []
+    tokens = sum(h.shape[0] * h.shape[1] for h in hidden.like())
     for name, own in consumers_of(layout, layer, weights).items():
         if set(own) & set(axes):
             w = oriented(layout, layer, name, weights[name])
             bias = weights.get(bias_of(name))
-            moments = Moments2.zeros(w.shape[1], w.shape[0], w.device)
-            found.append(Consumer(name, tuple(own), w, bias, moments, (fisher or {}).get(name)))
+            sums = sums_for(w.shape[1], 0, tokens, w.device)
+            found.append(Consumer(name, tuple(own), w, bias, sums, (fisher or {}).get(name)))
     by_name = {c.name: c for c in found}
 
     def add(name: str, a: Tensor, expert: int | None) -> None:
-        by_name[name].moments.add_inputs(a)
+        by_name[name].sums.add_inputs(a)
 
     with observed(block, list(by_name), add):
         out = stream.through(block, layer, hidden, keep=True)
     for consumer in found:
-        consumer.moments.total()
-        consumer.moments = consumer.moments.of_output(consumer.weight, consumer.bias)
+        consumer.sums.total()
     return out, Levels(layout, layer, found)

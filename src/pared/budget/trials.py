@@ -12,14 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from pared import process
 from pared.budget import Sizes
 from pared.budget.levels import Levels, measure_levels
 from pared.calibration import Batch, together
-from pared.compensate import Method, Walk
 from pared.distributed import own_rows, total_of
 from pared.spill import States
 from pared.stages import Remembered
 from pared.stream import Stream
+from pared.walk import Method, Walk
 
 Shape = Mapping[int, Sizes]  # layer -> units left of each axis that shrinks
 Key = tuple[tuple[str, int], ...]
@@ -127,35 +128,57 @@ def score_shapes(
         beyond = _past(stream, i, dense[: len(fit)], set(gaps))
         with stream.block(i) as block, torch.no_grad():
             seen_only, here = levels(i, block, seen_only + dense)
-            keys = [tuple(sorted(here.shrunk(shape.get(i, {})).items())) for shape in shapes]
-            if not fit:
-                here.prepare([dict(k) for k in keys])
-            steps: dict[tuple[int, Key, int], int] = {(0, (), 0): 0}
-            after, seen = [], None
-            if fit and (any(keys) or any(gaps)):
-                walk = Walk(stream, i, block, here.select(dict(next((k for k in keys if k), ()))), method)
-                seen = Remembered(stream, block, i, walk.stages(dense), dense, len(fit))
-                after.append(seen.at)
-            else:
-                after.append(stream.through(block, i, dense, keep=True))
-            for k, key in enumerate(keys):
-                step = (on[k], key, gaps[k]) if _stays(shapes[k], i) else (on[k], (("layer", 0),), 0)
-                if step not in steps:
-                    steps[step] = len(after)
-                    before = paths[on[k]]
-                    if not _stays(shapes[k], i):
-                        after.append(before)
-                    elif seen is not None and (key or gaps[k]):
-                        walk = Walk(stream, i, block, here.select(dict(key)), method, beyond.get(gaps[k]))
-                        moved = walk.follow(seen, before[:] if on[k] else None)
-                        after.append(after[0] if moved is None else moved)
-                    else:
-                        module = here.module(stream, block, dict(key))
-                        after.append(stream.through(module, i, before, keep=True))
-                on[k] = steps[step]
-            paths, dense = after, after[0]
+            paths, on = _through(stream, i, block, here, shapes, paths, on, (len(fit), gaps, beyond), method)
+            dense = paths[0]
+            del here, block
     found = divergences(stream, paths[0][len(fit) :], [p[len(fit) :] for p in paths])
     return [found[p] for p in on]
+
+
+def _through(
+    stream: Stream,
+    i: int,
+    block: nn.Module,
+    here: Levels,
+    shapes: Sequence[Shape],
+    paths: list[States],
+    on: Sequence[int],
+    bridged: tuple[int, Sequence[int], Mapping[int, States]],
+    method: Method,
+) -> tuple[list[States], list[int]]:
+    """All candidates through one block: the paths behind it, and which of them each is on.
+
+    bridged: batches that are fitted to, and for each candidate the layers that go right behind; the dense stream past those.
+    """
+    fit, gaps, beyond = bridged
+    dense = paths[0]
+    keys = [tuple(sorted(here.shrunk(shape.get(i, {})).items())) for shape in shapes]
+    if not fit:
+        here.prepare([dict(k) for k in keys], stream.pool)
+    steps: dict[tuple[int, Key, int], int] = {(0, (), 0): 0}
+    after, seen, now = [], None, list(on)
+    if fit and (any(keys) or any(gaps)):
+        walk = Walk(stream, i, block, here.select(dict(next((k for k in keys if k), ()))), method)
+        seen = Remembered(stream, block, i, walk.stages(dense), dense, fit)
+        after.append(seen.at)
+    else:
+        after.append(stream.through(block, i, dense, keep=True))
+    for k, key in enumerate(keys):
+        step = (on[k], key, gaps[k]) if _stays(shapes[k], i) else (on[k], (("layer", 0),), 0)
+        if step not in steps:
+            steps[step] = len(after)
+            before = paths[on[k]]
+            if not _stays(shapes[k], i):
+                after.append(before)
+            elif seen is not None and (key or gaps[k]):
+                walk = Walk(stream, i, block, here.select(dict(key)), method, beyond.get(gaps[k]))
+                moved = walk.follow(seen, before[:] if on[k] else None)
+                after.append(after[0] if moved is None else moved)
+            else:
+                module = here.module(stream, block, dict(key))
+                after.append(stream.through(module, i, before, keep=True))
+        now[k] = steps[step]
+    return after, now
 
 
 def _stays(shape: Shape, i: int) -> bool:
@@ -187,6 +210,7 @@ def divergences(stream: Stream, dense: Sequence[Tensor], paths: Sequence[Sequenc
     """KL(dense || other) per token for each of some last hidden states, lists of [b, s, hidden]; what is no number is inf."""
     totals = [0.0] * len(paths)
     tokens = 0
+    process.return_freed_memory()
     with stream.outside(front=False):
         for b, hidden in enumerate(dense):
             for row in range(hidden.shape[0]):

@@ -1,0 +1,170 @@
+"""The tokens of a consumer themselves, where they are few against its channels: the same least squares, solved between
+tokens instead of between channels.
+
+With A [tokens, n] and R = T - A w^T the refit is w + R^T (A A^T + ridge I)^-1 A: no matrix of n x n is there at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pared.inverses import FewInverse
+from pared.leastsquares import Factors, factored, ridge
+
+# Tokens are few where there are this many channels for each of them: elimination then costs less as well.
+CHANNELS = 8
+# Rows of weights that are in float64 together.
+STRIP = 512
+
+
+def are_few(tokens: int, n: int) -> bool:
+    """Whether so many tokens are kept as they are, for n channels."""
+    return tokens * CHANNELS <= n
+
+
+class FewRows:
+    """Tokens a [tokens, n] and their targets t [tokens, out], float32."""
+
+    def __init__(self, a: Sequence[Tensor] = (), t: Sequence[Tensor] = ()) -> None:
+        self._a, self._t = list(a), list(t)
+
+    @property
+    def count(self) -> float:
+        return float(sum(len(a) for a in self._a))
+
+    @property
+    def inputs(self) -> Tensor:
+        """[tokens, n]."""
+        self._a[:] = [torch.cat(self._a)]
+        return self._a[0]
+
+    @property
+    def targets(self) -> Tensor:
+        """[tokens, out]."""
+        self._t[:] = [torch.cat(self._t)]
+        return self._t[0]
+
+    def add(self, a: Tensor, t: Tensor) -> None:
+        self.add_inputs(a)
+        self._t.append(t.to(torch.float32, copy=True))
+
+    def add_inputs(self, a: Tensor) -> None:
+        """Tokens whose target is not known yet: `of_output` fills it in."""
+        self._a.append(a.to(torch.float32, copy=True))
+
+    def total(self) -> None:
+        """Several processes keep sums instead."""
+
+    def plus(self, other: FewRows) -> FewRows:
+        """These tokens and those of another, in the place of this one."""
+        if other is not self:
+            self._a, self._t = self._a + other._a, self._t + other._t
+        return self
+
+    def of_output(self, w: Tensor, bias: Tensor | None = None) -> FewRows:
+        """The same inputs with the layer's own output as the target: w a (+ bias)."""
+        t = self.inputs @ w.float().T
+        return FewRows(self._a, [t if bias is None else t.add_(bias.float())])
+
+    def mixed(self, w: Tensor, bias: Tensor | None, alpha: float) -> FewRows:
+        """The target (1 - alpha) (w a + bias) + alpha t in the place of t: what the layer does now, and a part of t."""
+        if alpha != 1.0:
+            self._t = [self.of_output(w, bias).targets.lerp_(self.targets, alpha)]
+        return self
+
+    def at(self, kept: Tensor) -> FewRows:
+        """Those of some channels alone, int64 [kept]."""
+        return FewRows([self.inputs[:, kept]], self._t)
+
+    def mean(self) -> Tensor:
+        """E a, float64 [n]."""
+        return self.inputs.double().mean(0)
+
+    def scale(self, *, centred: bool) -> float:
+        """The mean over channels of E a^2, or of a's variance: damping is relative to it."""
+        scale = float(self.inputs.square().mean(dtype=torch.float64))
+        return scale - float(self.mean().square().mean()) if centred else scale
+
+    @property
+    def nbytes(self) -> int:
+        """Of the inputs."""
+        return 4 * sum(a.numel() for a in self._a)
+
+    def problem(self, *, centred: bool, scale: float | None = None, dtype: torch.dtype = torch.float64) -> BetweenTokens:
+        """What is to be solved. centred: with a bias to fit as well. scale: where damping is relative to another."""
+        return BetweenTokens(self, centred, self.scale(centred=centred) if scale is None else scale, dtype)
+
+    def inverse(self, added: float, *, centred: bool) -> FewInverse:
+        """(C + added I)^-1, by what it follows from."""
+        return FewInverse(_rooted(self.inputs, self.mean() if centred else None, torch.float64), added)
+
+    def regressed(self, h: FewInverse, w: Tensor, added: float, *, centred: bool) -> Tensor:
+        """(X + added w) (C + added I)^-1, float32 [out, n]."""
+        return self.problem(centred=centred).between(w, added, torch.float32)
+
+
+class BetweenTokens:
+    """min over W' of E||t - W' a - b||^2 from the tokens. mean_a, mean_t: zero without a bias. scale: what damping is
+    relative to."""
+
+    def __init__(self, rows: FewRows, centred: bool, scale: float, dtype: torch.dtype) -> None:
+        self.rows, self.centred, self.scale, self.dtype = rows, centred, scale, dtype
+        a, t = rows.mean(), rows.targets.double().mean(0)
+        self.mean_a, self.mean_t = (a, t) if centred else (torch.zeros_like(a), torch.zeros_like(t))
+
+    def at(self, kept: Tensor) -> BetweenTokens:
+        """The same with some channels alone."""
+        return BetweenTokens(self.rows.at(kept), self.centred, self.scale, self.dtype)
+
+    def _inputs(self) -> Tensor:
+        return _rooted(self.rows.inputs, self.mean_a if self.centred else None, self.dtype)
+
+    def _targets(self) -> Tensor:
+        return _rooted(self.rows.targets, self.mean_t if self.centred else None, self.dtype)
+
+    def solved(self, w: Tensor, damping: float) -> Tensor:
+        return self.between(w, ridge(self.scale, damping), self.dtype)
+
+    def between(self, w: Tensor, added: float, dtype: torch.dtype) -> Tensor:
+        """The refit with a ridge given as a number, in a dtype of its own."""
+        a, off = self._inputs(), self._targets()
+        for rows in range(0, len(w), STRIP):
+            off[:, rows : rows + STRIP] -= a @ w[rows : rows + STRIP].to(self.dtype).T
+        left = torch.cholesky_solve(off, factored(lambda: a @ a.T, added))
+        return w.to(dtype, copy=True).addmm_(left.T.to(dtype), a.to(dtype))
+
+    def error(self, w: Tensor) -> float:
+        """E||t - W' a - b||^2 of given weights [out, n] with their best bias."""
+        return float((self._targets() - self._inputs() @ w.to(self.dtype).T).square().sum(dtype=torch.float64))
+
+    def gain(self, before: Tensor, after: Tensor) -> float:
+        return self.error(before) - self.error(after)
+
+    def moved(self, damping: float) -> Factors:
+        a = self._inputs()
+        left = torch.cholesky_solve(self._targets() - a, factored(lambda: a @ a.T, ridge(self.scale, damping)))
+        return Factors(left.T, a)
+
+    def moved_judge(self, weights: Sequence[Tensor]) -> Callable[[Factors], float]:
+        a, off = self._inputs().float(), (self._targets() - self._inputs()).float()
+        before = [off @ w.float().T for w in weights]
+
+        def gain(change: Factors) -> float:
+            found = 0.0
+            for w, old in zip(weights, before, strict=True):
+                new = old - (w.float() @ change.times(a.T)).T
+                found += float((old.square() - new.square()).sum(dtype=torch.float64))
+            return found
+
+        return gain
+
+
+def _rooted(rows: Tensor, mean: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows, centred or not, of which the sum of squares is the mean over tokens: a matrix of its own."""
+    out = rows.to(dtype, copy=True)
+    if mean is not None:
+        out -= mean.to(dtype)
+    return out.div_(max(1, len(rows)) ** 0.5)

@@ -1,0 +1,116 @@
+"""H = (C + ridge)^-1 while columns go: the matrix itself, or what it follows from where tokens are few."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pared.leastsquares import factored, inverse
+
+# Rows that move together when what is gone is squeezed out.
+STRIP = 256
+
+
+class Inverse(Protocol):
+    """H [n, n], float64. Columns that went keep their places until `squeeze`; nothing is asked of them any more."""
+
+    def __len__(self) -> int: ...
+
+    def diagonal(self) -> Tensor:
+        """[n]."""
+
+    def rows(self, at: Tensor) -> Tensor:
+        """Some rows, float64 [at, n], in memory of their own."""
+
+    def squares(self, blocks: Tensor) -> Tensor:
+        """The squares at the diagonal of some blocks int64 [units, columns]: [units, columns, columns]."""
+
+    def down_date(self, gone: Tensor, rows: Tensor, gain: Tensor) -> None:
+        """Columns go. rows: H[gone]; gain: (H[gone, gone])^-1 H[gone]."""
+
+    def squeeze(self, left: Tensor) -> None:
+        """Drop all but some columns, ascending."""
+
+    def copy(self) -> Inverse: ...
+
+
+class DenseInverse:
+    """The matrix. square: makes C, which H takes the place of."""
+
+    def __init__(self, square: Callable[[], Tensor], added: float) -> None:
+        self.matrix = inverse(square, added)
+
+    def __len__(self) -> int:
+        return len(self.matrix)
+
+    def diagonal(self) -> Tensor:
+        return self.matrix.diagonal()
+
+    def rows(self, at: Tensor) -> Tensor:
+        return self.matrix[at]
+
+    def squares(self, blocks: Tensor) -> Tensor:
+        return torch.stack([self.matrix[b][:, b] for b in blocks])
+
+    def down_date(self, gone: Tensor, rows: Tensor, gain: Tensor) -> None:
+        self.matrix.addmm_(rows.T, gain, alpha=-1)
+
+    def squeeze(self, left: Tensor) -> None:
+        n, h = len(left), self.matrix
+        for s in range(0, n, STRIP):  # rows move up only, so what is still to be read is never overwritten
+            h[s : min(s + STRIP, n), :n] = h[left[s : s + STRIP]][:, left]
+        self.matrix = h[:n, :n]
+
+    def copy(self) -> DenseInverse:
+        other = object.__new__(DenseInverse)
+        other.matrix = self.matrix.clone()
+        return other
+
+
+class FewInverse:
+    """C = A^T A for few rows A [tokens, n], float64: H = (I - A^T (A A^T + ridge)^-1 A) / ridge.
+
+    What goes leaves A, so that A A^T alone has to follow.
+    """
+
+    def __init__(self, a: Tensor, added: float) -> None:
+        self._a, self._added = a, added
+        self._square = a @ a.T
+        self._solve()
+
+    def _solve(self) -> None:
+        factor = factored(self._square.clone, self._added)
+        self._b = torch.linalg.solve_triangular(factor, self._a, upper=False)
+
+    def __len__(self) -> int:
+        return self._a.shape[1]
+
+    def diagonal(self) -> Tensor:
+        return (1 - torch.linalg.vector_norm(self._b, dim=0).square_()).div_(self._added)
+
+    def rows(self, at: Tensor) -> Tensor:
+        out = self._b[:, at].T @ self._b
+        out.neg_()[torch.arange(len(at)), at] += 1
+        return out.div_(self._added)
+
+    def squares(self, blocks: Tensor) -> Tensor:
+        b = self._b[:, blocks].transpose(0, 1)  # [units, tokens, columns]
+        eye = torch.eye(blocks.shape[1], dtype=b.dtype, device=b.device)
+        return (eye - b.mT @ b).div_(self._added)
+
+    def down_date(self, gone: Tensor, rows: Tensor, gain: Tensor) -> None:
+        part = self._a[:, gone]
+        self._square.addmm_(part, part.T, alpha=-1)
+        self._a[:, gone] = 0
+        self._solve()
+
+    def squeeze(self, left: Tensor) -> None:
+        self._a, self._b = self._a[:, left], self._b[:, left]
+
+    def copy(self) -> FewInverse:
+        other = object.__new__(FewInverse)
+        other._a, other._added, other._square, other._b = self._a.clone(), self._added, self._square.clone(), self._b.clone()
+        return other
