@@ -253,13 +253,3 @@ def test_scrambled_rows_hold_the_tokens_of_the_text_and_stand_between_its_rows()
         assert not any(torch.equal(row.input_ids, r.input_ids) for r in given)
     again = with_scrambled(given)
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(mixed, again, strict=True))
-
-
-def test_another_split_than_the_balanced_one_has_to_be_clearly_better() -> None:
-    budget = Budget(layout("llama"), Amount(0.3), AXES, align=1)
-    balanced = per_layer(budget, allocate_uniform(budget))
-    other = next(s for s in (per_layer(budget, u) for u in uniform_shapes(budget)) if s != balanced)
-    for better, chosen in ((1.01, balanced), (1.2, other)):
-        losses = {str(other): 1.0, str(balanced): better}
-        found = allocate_uniform(budget, lambda shapes, losses=losses: [losses.get(str(s), 9.0) for s in shapes])
-        assert per_layer(budget, found) == chosen

@@ -22,9 +22,6 @@ MOST_TRIED = 1024
 # Splits whose loss is measured, and how much less balanced than the best they may be.
 MOST_MEASURED = 5
 UNBALANCED = 0.3
-# Another split than the most balanced one has to be better by this factor: trial models are refitted to few tokens,
-# which overstates differences, and what is cut evenly was measured to hold better on other text.
-CLEARLY = 1.05
 
 
 PerLayer = dict[int, Sizes]
@@ -44,14 +41,13 @@ def allocate_uniform(budget: Budget, judge: Callable[[list[PerLayer]], list[floa
     """The best uniform shape that removes at least the amount asked for.
 
     judge: gives the loss of shapes (sizes for each layer), and some splits between the kinds of structure are then
-    compared by it; without it, or where none is clearly better, the most balanced one is taken.
+    compared by it; without it the most balanced one is taken.
     """
     enough = enough_removed(budget)
     if judge is not None:
         tried = [shape for _, shape in _spread(budget, enough)]
         if len(tried) > 1:
             losses = judge([per_layer(budget, shape) for shape in tried])
-            losses = [loss * (1 if shape == enough[0][1] else CLEARLY) for loss, shape in zip(losses, tried, strict=True)]
             return best_written(budget, sorted(zip(losses, tried, strict=True), key=lambda e: e[0]), relative=True)
     return best_written(budget, enough)
 
