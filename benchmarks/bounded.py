@@ -8,7 +8,7 @@
 Each row is one `pared prune --remove 0.2 --max-memory ...`, a process of its own with one thread, whose resident memory
 is read from /proc five times a second; bytes read and written are what it asked the system for (rchar and wchar in
 /proc/PID/io), those of the source alone stand beside them. Calibration: windows of the documentation's text. A row that
-was measured stays in FILE.json and is not measured again; FILE.svg shows memory over time.
+was measured stays in FILE.json, with a note where one was added, and is not measured again; FILE.svg shows memory over time.
 
 --growth: how peak memory and CPU time of first-order Taylor scores grow, from a Llama of 4 layers, hidden size 1024, FFN
 3072, on 8 x 64 tokens, one of these at a time; memory is the peak less that of a process that only imports the
@@ -141,20 +141,22 @@ def bounded(args: argparse.Namespace) -> None:
             shutil.rmtree(out)
         store.write_text(json.dumps(rows, indent=1) + "\n")
     lines = [
-        "| method | peak memory, GiB | of the weights | minutes | CPU minutes | read / weights | source read / weights | written / weights |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| method | peak memory, GiB | predicted | of the weights | CPU minutes | read / weights | source read / weights | predicted | written / weights |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, r in rows.items():
-        used = r["resources"]["source_read"] / size if r.get("resources") else float("nan")
+        said = r["resources"]
         lines.append(
-            f"| {ROWS[name][0]} | {r['peak'] / _GIB:.2f} | {r['peak'] / size:.2f} | {r['seconds'] / 60:.1f} | {r['cpu'] / 60:.1f} "
-            f"| {r['read'] / size:.2f} | {used:.2f} | {r['written'] / size:.2f} |"
+            f"| {ROWS[name][0]} | {r['peak'] / _GIB:.2f} | {said['predicted_peak'] / _GIB:.2f} | {r['peak'] / size:.2f} "
+            f"| {r['cpu'] / 60:.1f} | {r['read'] / size:.2f} | {said['source_read'] / size:.2f} "
+            f"| {said['predicted_read'] / size:.2f} | {r['written'] / size:.2f} |"
         )
     limit = max(_bytes(r["limit"]) for r in rows.values())
     plot(rows, limit, args.out.with_suffix(".svg"))
     about = (__doc__ or "").split("\n\n")[2].strip()
     text = f"# A model larger than the memory\n\n{about}\n\nWeights: {size / 1e9:.2f} GB. The bound: {args.max_memory}.\n\n"
-    args.out.write_text(text + "\n".join(lines) + f"\n\n![memory over time]({args.out.with_suffix('.svg').name})\n")
+    notes = "".join(f"\n\n{ROWS[name][0]}: {r['note']}" for name, r in rows.items() if "note" in r)
+    args.out.write_text(text + "\n".join(lines) + notes + f"\n\n![memory over time]({args.out.with_suffix('.svg').name})\n")
 
 
 SMALL = {
