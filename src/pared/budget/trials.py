@@ -59,8 +59,10 @@ class Judges:
         # Rows that are judged by come first, those that are fitted to after them; a single row has to do for both.
         self.judged = together(own_rows(with_scrambled(rows[:many])), batch)
         self.fit = together(own_rows(rows[many : many + few] or rows[:1]), batch)
-        self.compared = together(own_rows(with_scrambled(rows[:many])), batch)
-        self.measured = together(own_rows(rows[many : many + max(1, n // 8)] or rows[:1]), batch)
+        # Shapes that are alike everywhere differ by more than the noise of few sequences.
+        brief = max(1, min(many, n // 16))
+        self.compared = together(own_rows(with_scrambled(rows[:brief])), batch)
+        self.measured = together(own_rows(rows[brief : brief + max(1, n // 8)] or rows[:1]), batch)
         self._levels: dict[int, Levels] = {}
         self._power = power or {}
 
