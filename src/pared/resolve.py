@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pared import modeling
 from pared.calibration import Calibration, load_calibration, sample_from_model
-from pared.criteria import get_criterion
+from pared.criteria import WHOLE, get_criterion
 from pared.effort import GENERATIONS, STEPS, tried
 from pared.errors import ModelError
 from pared.recipe import Recipe, make_recipe
@@ -88,7 +88,9 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
     """The recipe with everything that it left open decided.
 
     Second-order selection where every structure is a dense layer's own; weighted by gradients where layers compete by
-    score. Layers beside them go by the loss without. Elsewhere (experts' channels, hidden channels, layers alone) first-order Taylor scores all kinds alike.
+    score. Layers beside them go by the loss without. Where only what is whole goes (layers, attention, MLPs): its
+    influence, at the highest effort the loss without. Elsewhere (experts' channels, hidden channels) first-order Taylor
+    scores all kinds alike.
     """
     axes = scored_axes(source.layout, recipe)
     if not axes:
@@ -108,7 +110,9 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
     )
     allocate = recipe.allocate or ("uniform" if recipe.shape == "uniform" or not inside else "search" if searches else "global")
     criterion = recipe.criterion
-    if criterion is None:
+    if criterion is None and set(axes) <= set(WHOLE):
+        criterion = "perplexity" if recipe.effort == "max" else "block_influence"
+    elif criterion is None:
         criterion = "taylor" if not dense else "obs-fisher" if allocate in ("global", "search", "latency") else "obs"
     reconstruct = recipe.reconstruct
     if reconstruct is None:
