@@ -60,7 +60,7 @@ class Judges:
         self.judged = together(own_rows(with_scrambled(rows[:many])), batch)
         self.fit = together(own_rows(rows[many : many + few] or rows[:1]), batch)
         # Shapes that are alike everywhere differ by more than the noise of few sequences.
-        brief = max(1, min(many, n // 16))
+        brief = max(1, min(many, n // 8))
         self.compared = together(own_rows(with_scrambled(rows[:brief])), batch)
         self.measured = together(own_rows(rows[brief : brief + max(1, n // 8)] or rows[:1]), batch)
         self._levels: dict[int, Levels] = {}
