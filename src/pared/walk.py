@@ -136,7 +136,7 @@ class Walk:
         dense.finish()
         for name, axis in stacks.items():
             assert routed is not None
-            module = self._module({a: k for a, k in self.keep.items() if a not in stacks.values()})
+            module = self._experts_whole(set(stacks.values()))
             given = self.weights[name]
             self.changed[name] = refit_experts(self.stream, module, self.i, name, axis, routed, given, self.keep)
         if single or (last and not self.method.steps):
@@ -353,6 +353,17 @@ class Walk:
         if not keep and not self.changed and not self.whole:
             return self.block
         return rebuilt(self.stream, self.block, self.i, keep, self.whole, self.changed)
+
+    def _experts_whole(self, axes: set[str]) -> nn.Module:
+        """The block as it will be, but with every channel of its experts still there, and of what has their size by config.
+
+        Experts beside those that tokens are sent to do not change what these are given.
+        """
+        tied = {(a, leader) for a, (leader, _) in self.layout.follows.items()}
+        axes = axes | {a for a, leader in tied if leader in axes} | {leader for a, leader in tied if a in axes}
+        keep = {a: k for a, k in self.keep.items() if a not in axes}
+        final = {n: t for n, t in self.changed.items() if not axes & self.layout.tensors[self._full(n)].axes}
+        return rebuilt(self.stream, self.block, self.i, keep, self.whole, final)
 
 
 def _tokens(states: States, few: int) -> int:
