@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import tiny
-from pared.accounting import account
 from pared.budget import Amount, Budget
 from pared.calibration import Batch
 from pared.criteria import get_criterion
 from pared.depth import Depth
 from pared.errors import UsageError
 from pared.estimate import Scores, estimate
-from pared.modeling import blocks
-from pared.plan import LayerPlan, Plan
 from pared.proof import proved_layout
 from pared.stream import Stream
 from pared.structure import Layout
@@ -33,22 +27,10 @@ def scores(model: PreTrainedModel, name: str, axes: tuple[str, ...], depth: Dept
     return estimate(Stream(model, proved_layout(model.config)), get_criterion(name), axes, [Batch(IDS, None)], depth=depth)
 
 
-@torch.no_grad()
-def hidden_states(model: PreTrainedModel) -> tuple[Tensor, ...]:
-    """What enters each block, and what leaves the last one."""
-    seen: list[Tensor] = []
-    handles = [b.register_forward_pre_hook(lambda m, args: seen.append(args[0])) for b in blocks(model)[1]]
-    handles.append(blocks(model)[1][-1].register_forward_hook(lambda m, args, out: seen.append(out)))
-    model(input_ids=IDS, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return tuple(seen)
-
-
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_the_run_with_the_least_angle_goes(n: int) -> None:
     model = tiny.model("llama", num_hidden_layers=6)
-    states = hidden_states(model)
+    states = tiny.hidden_states(model, IDS)
 
     def angle(start: int) -> float:
         cosine = F.cosine_similarity(states[start].double(), states[start + n].double(), dim=-1)
@@ -85,14 +67,8 @@ def test_a_run_that_may_not_go_is_said() -> None:
 
 def loss_without(model: PreTrainedModel, layout: Layout, gone: list[tuple[int, str]]) -> float:
     skips = [[k for j, k in gone if j == i] for i in range(layout.num_layers)]
-    out = cut_model(model, layout, plan_of(layout, skips))(input_ids=IDS, use_cache=False).logits
+    out = cut_model(model, layout, tiny.skipping(layout, skips))(input_ids=IDS, use_cache=False).logits
     return float(F.cross_entropy(out[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).detach())
-
-
-def plan_of(layout: Layout, skips: list[Any], sources: list[int] | None = None) -> Plan:
-    layers = [LayerPlan(source=i, skip=skips[i]) for i in sources or range(layout.num_layers)]
-    now = account(layout)
-    return Plan(model_type=layout.model_type, shape="per-layer", before=now, after=now, layers=layers)
 
 
 def test_sublayers_go_in_the_order_of_what_they_cost_for_what_they_save() -> None:
@@ -118,9 +94,9 @@ def test_block_influence_of_a_sublayer_is_how_far_it_turns_the_output() -> None:
     model = tiny.model("llama")
     layout = proved_layout(model.config)
     found = scores(model, "block_influence", ("attention", "mlp"), Depth())
-    states = hidden_states(model)
+    states = tiny.hidden_states(model, IDS)
     for kind in ("attention", "mlp"):
-        other = hidden_states(cut_model(model, layout, plan_of(layout, [[kind], [], []])))
+        other = tiny.hidden_states(cut_model(model, layout, tiny.skipping(layout, [[kind], [], []])), IDS)
         cosine = F.cosine_similarity(states[1], other[1], dim=-1).mean()
         assert abs(float(found.of[0, kind]) - float(1 - cosine)) < 1e-6
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import pared
 import tiny
@@ -11,12 +12,19 @@ from pared import expertfit
 from pared.axes import Nested
 from pared.calibration import Batch
 from pared.compensate import compensate
+from pared.plan import Plan
 from pared.source import Source
 from pared.stream import Stream, observed
 from pared.surgery import cut_model
 from pared.walk import Method
 
 FAMILIES = ["mixtral-6", "qwen3_moe", "olmoe"]
+
+
+def narrower(model: PreTrainedModel) -> Plan:
+    """A plan by which experts lose channels, those with the least weights."""
+    how = {"criterion": "l2", "compensate": "none", "structures": ("ffn",), "remove": 0.3, "align": 1}
+    return pared.prune(model, calibration=tiny.tokens(), dry_run=True, **how).plan
 
 
 def errors(family: str, mode: str) -> tuple[float, float]:
@@ -27,16 +35,7 @@ def errors(family: str, mode: str) -> tuple[float, float]:
     axis = "expert_ffn" if "expert_ffn" in source.layout.keys else "ffn"
     assert source.layout.parents[axis] == "expert"
     batches = [Batch(rows, None) for rows in tiny.tokens(64, 24, seed=1).split(8)]
-    plan = pared.prune(
-        model,
-        calibration=tiny.tokens(),
-        criterion="l2",
-        compensate="none",
-        structures=("ffn",),
-        remove=0.3,
-        align=1,
-        dry_run=True,
-    ).plan
+    plan = narrower(model)
     stream = Stream(model, source.layout)
     found = list(compensate(stream, plan, batches, Method(mode=mode)))
     ((name, axis),) = expertfit.stacks_of(source.layout, layer, plan.selection(layer, source.layout)).items()
@@ -85,16 +84,7 @@ def _rooms(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
 def test_an_expert_that_no_token_visits_is_merely_cut() -> None:
     model = tiny.model("mixtral")
     source = Source.open(model)
-    plan = pared.prune(
-        model,
-        calibration=tiny.tokens(),
-        criterion="l2",
-        compensate="none",
-        structures=("ffn",),
-        remove=0.3,
-        align=1,
-        dry_run=True,
-    ).plan
+    plan = narrower(model)
     cut = cut_model(model, source.layout, plan).state_dict()
     few = [Batch(tiny.tokens(1, 2), None)]  # two tokens, none of any expert's eighth
     refitted = list(compensate(Stream(model, source.layout), plan, few, Method(mode="refit", guarded=False)))

@@ -15,34 +15,13 @@ import tiny
 from pared.calibration import Batch
 from pared.compensate import compensate
 from pared.modeling import blocks
-from pared.plan import LayerPlan, Plan
+from pared.plan import Plan
 from pared.proof import proved_layout
 from pared.stream import Stream
-from pared.structure import Layout
 from pared.surgery import cut_model
 from pared.walk import Method
 
 IDS = tiny.tokens(8, 24)
-
-
-@torch.no_grad()
-def hidden_states(model: PreTrainedModel) -> tuple[Tensor, ...]:
-    """What enters each block, and what leaves the last one."""
-    seen: list[Tensor] = []
-    handles = [b.register_forward_pre_hook(lambda m, args: seen.append(args[0])) for b in blocks(model)[1]]
-    handles.append(blocks(model)[1][-1].register_forward_hook(lambda m, args, out: seen.append(out)))
-    model(input_ids=IDS, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return tuple(seen)
-
-
-def plan_of(layout: Layout, skips: list[Any], sources: list[int] | None = None) -> Plan:
-    from pared.accounting import account
-
-    layers = [LayerPlan(source=i, skip=skips[i]) for i in sources or range(layout.num_layers)]
-    now = account(layout)
-    return Plan(model_type=layout.model_type, shape="per-layer", before=now, after=now, layers=layers)
 
 
 def repaired(model: PreTrainedModel, plan: Plan, mode: str, **settings: Any) -> list[dict[str, Tensor]]:
@@ -55,14 +34,14 @@ def test_the_consumer_before_a_gap_is_the_least_squares_bridge(gone: int) -> Non
     """No other weights come nearer on calibration, and a map of the consumer's output (the usual repair) least of all."""
     model = tiny.model("llama", num_hidden_layers=4)
     layout = proved_layout(model.config)
-    states = hidden_states(model)
+    states = tiny.hidden_states(model, IDS)
     kept = [i for i in range(4) if not 1 <= i <= gone]
-    new = repaired(model, plan_of(layout, [[]] * 4, kept), "refit", guarded=False)[0]
+    new = repaired(model, tiny.skipping(layout, [[]] * 4, kept), "refit", guarded=False)[0]
     assert new.keys() == {"mlp.down_proj.weight"}
     block = blocks(model)[1][0]
     seen: list[Tensor] = []
     handle = block.mlp.down_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    hidden_states(model)
+    tiny.hidden_states(model, IDS)
     handle.remove()
     a = seen[0].flatten(0, 1).double()
     m = a @ block.mlp.down_proj.weight.detach().double().T  # what the consumer gives
@@ -84,14 +63,14 @@ def test_the_consumer_before_a_gap_is_the_least_squares_bridge(gone: int) -> Non
 def test_an_mlp_that_goes_is_bridged_by_the_attention_before_it() -> None:
     model = tiny.model("llama")
     layout = proved_layout(model.config)
-    plan = plan_of(layout, [["mlp"], [], []])
+    plan = tiny.skipping(layout, [["mlp"], [], []])
     new = repaired(model, plan, "refit", guarded=False)
     assert new[0].keys() == {"self_attn.o_proj.weight"} and not new[1] and not new[2]
-    states = hidden_states(model)
+    states = tiny.hidden_states(model, IDS)
     plain = cut_model(model, layout, plan)
-    off = [float((hidden_states(plain)[1] - states[1]).square().sum())]
+    off = [float((tiny.hidden_states(plain, IDS)[1] - states[1]).square().sum())]
     blocks(plain)[1][0].self_attn.o_proj.weight.data = new[0]["self_attn.o_proj.weight"]
-    off.append(float((hidden_states(plain)[1] - states[1]).square().sum()))
+    off.append(float((tiny.hidden_states(plain, IDS)[1] - states[1]).square().sum()))
     assert off[1] < off[0]
 
 
@@ -116,7 +95,7 @@ def test_a_checkpoint_and_a_live_model_give_the_same_bits(family: str, mode: str
 
 def test_nothing_is_bridged_where_nothing_goes() -> None:
     model = tiny.model("llama")
-    assert not any(repaired(model, plan_of(proved_layout(model.config), [[]] * 3), "sequential"))
+    assert not any(repaired(model, tiny.skipping(proved_layout(model.config), [[]] * 3), "sequential"))
 
 
 def test_on_a_trained_model_the_bridge_helps(storyteller: Path) -> None:

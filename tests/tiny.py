@@ -11,8 +11,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from pared.modeling import hf_quiet
+from pared.accounting import account
+from pared.modeling import blocks, hf_quiet
+from pared.plan import LayerPlan, Plan
 from pared.run import Pruned, prune
+from pared.structure import Layout
 
 VOCAB, WINDOW = 64, 6
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -194,3 +197,22 @@ def numel(shape: Iterable[int]) -> int:
     for n in shape:
         total *= n
     return total
+
+
+@torch.no_grad()
+def hidden_states(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, ...]:
+    """What enters each block, and what leaves the last one."""
+    seen: list[Tensor] = []
+    handles = [b.register_forward_pre_hook(lambda m, args: seen.append(args[0])) for b in blocks(model)[1]]
+    handles.append(blocks(model)[1][-1].register_forward_hook(lambda m, args, out: seen.append(out)))
+    model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return tuple(seen)
+
+
+def skipping(layout: Layout, skips: list[Any], sources: list[int] | None = None) -> Plan:
+    """A plan whose layers, or those of `sources`, do without the sublayers in `skips`."""
+    layers = [LayerPlan(source=i, skip=skips[i]) for i in sources or range(layout.num_layers)]
+    now = account(layout)
+    return Plan(model_type=layout.model_type, shape="per-layer", before=now, after=now, layers=layers)

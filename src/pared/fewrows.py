@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from pared.inverses import FewInverse
-from pared.leastsquares import Factors, factored, ridge
+from pared.leastsquares import Factors, factored, ridge, strips
 
 # Tokens are few where there are this many channels for each of them: elimination then costs less as well.
 CHANNELS = 8
-# Rows of weights that are in float64 together.
-STRIP = 512
 
 
 def are_few(tokens: int, n: int) -> bool:
@@ -131,8 +129,8 @@ class BetweenTokens:
     def between(self, w: Tensor, added: float, dtype: torch.dtype) -> Tensor:
         """The refit with a ridge given as a number, in a dtype of its own."""
         a, off = self._inputs(), self._targets()
-        for rows in range(0, len(w), STRIP):
-            off[:, rows : rows + STRIP] -= a @ w[rows : rows + STRIP].to(self.dtype).T
+        for rows in strips(len(w)):
+            off[:, rows] -= a @ w[rows].to(self.dtype).T
         left = torch.cholesky_solve(off, factored(lambda: a @ a.T, added))
         return w.to(dtype, copy=True).addmm_(left.T.to(dtype), a.to(dtype))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,13 @@ from pared.blockparts import rebuilt
 from pared.budget import Budget, Sizes
 from pared.budget.select import select
 from pared.budget.timed import Times
+from pared.budget.uniform import ladder
 from pared.calibration import Batch
 from pared.distributed import once
 from pared.durable import write_whole
 from pared.errors import UsageError
 from pared.estimate import Progress, Scores, silent
+from pared.process import now
 from pared.stream import Stream
 
 # Sizes of an FFN that are timed, of each axis of attention, and runs of each of which the shortest counts.
@@ -146,8 +147,7 @@ def _options(budget: Budget, layer: int) -> list[list[Sizes]]:
         levels = [_thin(budget.levels(a, full[a]), HEADS) for a in heads]
         out.append([dict(zip(heads, own, strict=True)) for own in itertools.product(*levels)])
     for axis in (a for a in budget.width_axes if a in full):
-        step = budget.step(axis)
-        rungs = [full[axis], *range((full[axis] - 1) // step * step, 0, -step)]
+        rungs = ladder(full[axis], budget.step(axis))
         out.append([budget.layout.with_followers({axis: n}) for n in _thin(rungs, WIDTHS)])
     return out
 
@@ -168,13 +168,6 @@ def _cut(stream: Stream, block: nn.Module, i: int, sizes: Sizes) -> nn.Module:
 
 def _seconds(stream: Stream, block: nn.Module, i: int, hidden: Tensor) -> float:
     stream.run(block, i, hidden)  # warms up
-    _settle(hidden)
-    started = time.perf_counter()
+    started = now(hidden.device)
     stream.run(block, i, hidden)
-    _settle(hidden)
-    return time.perf_counter() - started
-
-
-def _settle(tensor: Tensor) -> None:
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)
+    return now(hidden.device) - started

@@ -7,7 +7,7 @@ against channels, the tokens themselves (`pared.fewrows`): the same problems, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, Self
 
 import torch
@@ -17,6 +17,8 @@ from pared.errors import ModelError
 
 DAMPING = 1e-2
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
+# Rows of a symmetric sum that are added up together, and rows of weights that are solved for together.
+STRIP = 512
 
 
 class Problem(Protocol):
@@ -70,6 +72,11 @@ class Factors:
 def best_bias(problem: Problem, w: Tensor) -> Tensor:
     """The best bias of given weights [out, n]: [out]."""
     return problem.mean_t - w.to(problem.mean_a) @ problem.mean_a
+
+
+def strips(n: int) -> Iterator[slice]:
+    """Some rows at a time."""
+    return (slice(s, min(s + STRIP, n)) for s in range(0, n, STRIP))
 
 
 def ridge(scale: float, damping: float) -> float:

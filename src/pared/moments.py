@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,7 @@ from torch import Tensor
 
 from pared.distributed import total, total_of
 from pared.inverses import DenseInverse
-from pared.leastsquares import Factors, factored, ridge
-
-# Rows of a symmetric sum that are added up together, and rows of weights that are solved for together.
-STRIP = 512
+from pared.leastsquares import STRIP, Factors, factored, ridge, strips
 
 
 class Upper:
@@ -136,7 +133,7 @@ class Moments2:
         """The same inputs with the layer's own output as the target: w a (+ bias)."""
         ta = torch.empty(w.shape, dtype=torch.float32, device=self.a.device)
         power = 0.0
-        for rows in _strips(len(w)):
+        for rows in strips(len(w)):
             ta[rows] = self.upper.times(w[rows].float())
             power += float((ta[rows] * w[rows]).sum(dtype=torch.float64))
         t = w.float() @ self.a
@@ -152,7 +149,7 @@ class Moments2:
             return self
         own_power = both = 0.0
         t = w.float() @ self.a
-        for rows in _strips(len(w)):
+        for rows in strips(len(w)):
             part, mine = w[rows].float(), self.ta[rows]
             own = self.upper.times(part)
             own_power += float((own * part).sum(dtype=torch.float64))
@@ -211,7 +208,7 @@ class Moments2:
     def regressed(self, h: DenseInverse, w: Tensor, added: float, *, centred: bool) -> Tensor:
         """(X + added w) (C + added I)^-1, float32 [out, n]. h: that inverse."""
         out = torch.empty(w.shape, dtype=torch.float32, device=w.device)
-        for rows in _strips(len(w)):
+        for rows in strips(len(w)):
             out[rows] = self.cross(rows, centred=centred).add_(w[rows], alpha=added) @ h.matrix
         return out
 
@@ -245,7 +242,7 @@ class NormalEquations:
     def solved(self, w: Tensor, damping: float) -> Tensor:
         factor, r = self._factor(damping)
         new = torch.empty(w.shape, dtype=self.dtype, device=factor.device)
-        for rows in _strips(len(w)):
+        for rows in strips(len(w)):
             new[rows] = torch.cholesky_solve(self.x(rows).add_(w[rows], alpha=r).T, factor).T
         return new
 
@@ -256,7 +253,7 @@ class NormalEquations:
 
     def gain(self, before: Tensor, after: Tensor) -> float:
         found = 0.0
-        for rows in _strips(len(before)):
+        for rows in strips(len(before)):
             old, new = before[rows].to(self.dtype), after[rows].to(self.dtype)
             less = old - new
             found += float((self._onto(less).mul_(old + new) - 2 * less * self.x(rows)).sum(dtype=torch.float64))
@@ -289,8 +286,3 @@ class NormalEquations:
             return float(self._onto(less).mul_(both).sub_(x.mul_(less), alpha=2.0).sum(dtype=torch.float64))
 
         return gain
-
-
-def _strips(n: int) -> Iterator[slice]:
-    """Some rows at a time."""
-    return (slice(s, min(s + STRIP, n)) for s in range(0, n, STRIP))

@@ -1,11 +1,16 @@
-"""The memory of this process: what the system says of it, and whether what is freed goes back to the system."""
+"""This process: its memory, whether what is freed goes back to the system, and a clock that waits for the device."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import re
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def resident_bytes(field: str = "VmRSS") -> int:
@@ -43,3 +48,12 @@ def return_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, read when what was given to the device is done."""
+    if device.type == "cuda":
+        import torch  # the command line reads this file before it is known whether torch is wanted
+
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

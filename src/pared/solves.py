@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pared.elimination import ROUNDS
 from pared.fewrows import are_few
-from pared.moments import STRIP
+from pared.leastsquares import STRIP
 
 # Dampings that are tried on the way to the best.
 TRIED = 3

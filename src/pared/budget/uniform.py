@@ -159,7 +159,7 @@ def _fill(budget: Budget, coarse: dict[str, int], alike: list[tuple[int, int]]) 
     kept = coarse.get("layer", layout.num_layers)
     base = {a: n for a, n in coarse.items() if a not in ("hidden", "layer")}
     full = budget.full()
-    ladders = {a: _ladder(full[a], budget.step(a)) for a in budget.width_axes if a in full}
+    ladders = {a: ladder(full[a], budget.step(a)) for a in budget.width_axes if a in full}
 
     def at(share: float) -> Sizes:
         """All FFN axes narrowed by the same share."""
@@ -185,7 +185,7 @@ def _fill(budget: Budget, coarse: dict[str, int], alike: list[tuple[int, int]]) 
     return Shape({**base, **at(share)}, kept, hidden, removed(share))
 
 
-def _ladder(n: int, step: int) -> list[int]:
+def ladder(n: int, step: int) -> list[int]:
     """Sizes that an axis may shrink to, widest first."""
     return [n, *range((n - 1) // step * step, 0, -step)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import torch
 
 from pared.calibration import inference, max_positions, next_logits
 from pared.errors import MissingError, UsageError
-from pared.process import resident_bytes
+from pared.process import now, resident_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,19 +52,13 @@ def measure_speed(model: PreTrainedModel, *, prompt: int = 128, decode: int = 32
 
 def _timed(model: PreTrainedModel, ids: torch.Tensor, decode: int) -> tuple[float, float]:
     """Seconds for the prompt and for the steps after it."""
-    begin = _now(ids.device)
+    begin = now(ids.device)
     logits, cache = next_logits(model, ids, None)
-    prefilled = _now(ids.device)
+    prefilled = now(ids.device)
     for _ in range(decode):
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
         logits, cache = next_logits(model, ids, cache)
-    return prefilled - begin, _now(ids.device) - prefilled
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return prefilled - begin, now(ids.device) - prefilled
 
 
 def peak_memory_bytes(device: str | torch.device = "cpu") -> int:
