@@ -20,9 +20,9 @@ from pared.budget.ranked import allocate_ranked
 from pared.budget.select import make_plan
 from pared.budget.uniform import Shape, allocate_uniform, layers_under
 from pared.errors import UsageError
-from pared.estimate import Scores
 from pared.plan import Plan
 from pared.proof import proved_layout
+from pared.scores import Scores
 from pared.structure import Layout
 
 SIZES: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 16, "vocab_size": 500}

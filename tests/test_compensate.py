@@ -84,8 +84,8 @@ def test_on_a_trained_model_each_ingredient_helps(stories: tuple[Any, Tensor, Wi
 
 def test_a_plan_that_keeps_everything_needs_no_refit(stories: tuple[Any, Tensor, Windows]) -> None:
     from pared.compensate import compensate
+    from pared.planning import plan_pruning
     from pared.recipe import make_recipe
-    from pared.run import plan_pruning
     from pared.source import Source
     from pared.stream import Stream
 

@@ -14,8 +14,9 @@ from pared.calibration import Batch
 from pared.criteria import get_criterion
 from pared.depth import Depth
 from pared.errors import UsageError
-from pared.estimate import Scores, estimate
+from pared.estimate import estimate
 from pared.proof import proved_layout
+from pared.scores import Scores
 from pared.stream import Stream
 from pared.structure import Layout
 from pared.surgery import cut_model

@@ -57,7 +57,7 @@ def test_scores_are_those_of_one_process(tmp_path: Path, family: str, criteria: 
     script.write_text(SCORES)
     for processes in (1, 2):
         torchrun(processes, script, model, tmp_path / f"p{processes}", criteria)
-    from pared.estimate import Scores
+    from pared.scores import Scores
 
     for criterion in criteria.split(","):
         one, two = (Scores.load(tmp_path / f"p{n}-{criterion}") for n in (1, 2))

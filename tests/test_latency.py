@@ -19,9 +19,9 @@ from pared.budget.select import select
 from pared.budget.timed import TICKS, Times, allocate_timed, knapsack, lost
 from pared.effort import no_scores
 from pared.errors import UsageError
-from pared.estimate import Scores
 from pared.latency import Workload, times_for
 from pared.proof import proved_layout
+from pared.scores import Scores
 from pared.stream import Stream
 
 IDS = tiny.tokens(8, 24)

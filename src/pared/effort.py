@@ -13,8 +13,9 @@ from pared.calibration import Batch
 from pared.criteria import get_criterion
 from pared.criteria.obs import AXES
 from pared.depth import Depth
-from pared.estimate import Progress, Scores, estimate
+from pared.estimate import Progress, estimate
 from pared.recipe import Recipe
+from pared.scores import Scores
 from pared.stream import Stream, unpadded
 from pared.structure import Layout
 

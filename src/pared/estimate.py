@@ -1,16 +1,11 @@
-"""Scores: every structure's importance under one criterion, computed block by block."""
+"""Scoring: every structure's importance under one criterion, computed block by block."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,9 +17,10 @@ from pared.distributed import total, total_of
 from pared.errors import ModelError, UsageError
 from pared.gradients import WeightGradients, forward_with_loss, walk_back
 from pared.journal import Journal
-from pared.plan import to_ranges
-from pared.rotation import Rotation, find_rotation
+from pared.rotation import find_rotation
 from pared.routing import Visits, expert_modules, watched
+from pared.scores import Scores
+from pared.scoring_steps import ScoringSteps
 from pared.secondmoments import SecondMoments
 from pared.spill import States
 from pared.stream import Stream, Visit, nothing_around, observed, unpadded
@@ -33,54 +29,8 @@ from pared.structure import Layout, sublayer_of
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
-_POWER = "gradient power."
-
-
 def silent(stage: str, done: int, total: int) -> None:
     """The progress that shows nothing."""
-
-
-@dataclass
-class Scores:
-    """Importance, larger = keep. of: (layer, axis) -> fp32 [units]; layer is None for "hidden" and for "layer".
-
-    Units of a nested axis count parent-major: query head q of KV group k is unit k * query + q.
-    visits: layer -> int64 [experts], calibration tokens sent to each, where they were seen. power: (layer, consumer's local
-    name) -> fp32 [out], the mean square of the loss's gradient at its output, where it was measured. rotation: the basis
-    that the scores of hidden channels are in, where it is not the model's own. None of these is in the file of scores.
-    """
-
-    of: dict[tuple[int | None, str], Tensor] = field(default_factory=dict)
-    comparable: bool = False
-    visits: dict[int, Tensor] = field(default_factory=dict)
-    power: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    rotation: Rotation | None = None
-
-    def never_visited(self) -> dict[str, Any]:
-        """Experts that no calibration token was sent to: how many, of how many, and which in each layer."""
-        never = {i: (counts == 0).nonzero()[:, 0].tolist() for i, counts in sorted(self.visits.items())}
-        return {
-            "count": sum(map(len, never.values())),
-            "of": sum(len(c) for c in self.visits.values()),
-            "layers": {str(i): to_ranges(e) for i, e in never.items() if e},
-        }
-
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file with one tensor for each (layer, axis)."""
-        data = {_name_of(key): t.contiguous() for key, t in self.of.items()}
-        save_file(data, str(path), metadata={"format": "pared-scores/1", "comparable": str(self.comparable)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> Scores:
-        out = cls()
-        with safe_open(str(path), framework="pt") as f:
-            metadata = f.metadata() or {}
-            if metadata.get("format") != "pared-scores/1":
-                raise UsageError("not a file of scores", where=path)
-            out.comparable = metadata.get("comparable") == "True"
-            for name in f.keys():  # noqa: SIM118  (safe_open is no mapping)
-                out.of[_key_of(name)] = f.get_tensor(name)
-        return out
 
 
 def estimate(
@@ -112,7 +62,7 @@ def estimate(
     if not batches and criterion.needs != "weights":
         raise UsageError(f"the criterion {criterion.name!r} needs calibration text of two tokens or more", where="calibration")
     scores = Scores(comparable=criterion.comparable)
-    steps = _Steps(journal, scores, stream)
+    steps = ScoringSteps(journal, scores, stream)
     if steps.first == stream.num_layers:
         return scores
     if criterion.needs == "rotation":
@@ -157,7 +107,7 @@ def _run(
     batches: Sequence[Batch],
     score: Callable[[int, nn.Module, Stats], None],
     progress: Progress,
-    steps: _Steps,
+    steps: ScoringSteps,
     power: dict[tuple[int, str], Tensor],
 ) -> None:
     """Gather what the criterion needs, block by block, and have each block scored."""
@@ -184,62 +134,6 @@ def _run(
             progress("gradients", stream.num_layers - i, stream.num_layers)
 
         walk_back(stream, batches, state, visit, squared=squared)
-
-
-class _Steps:
-    """Blocks that have been scored, and the hidden states after them, in a journal where there is one."""
-
-    def __init__(self, journal: Journal | None, scores: Scores, stream: Stream) -> None:
-        self._journal, self._scores, self._layers = journal, scores, stream.num_layers
-        self.first = 0
-        self.start: tuple[int, States] | None = None
-        found = journal.last("scores", stream.pool) if journal is not None else None
-        if found is not None:
-            self.first, record, tensors = found
-            hidden = tensors.pop("hidden", None)
-            noted = {name: tensors.pop(name) for name in [n for n in tensors if n.startswith(_POWER)]}
-            scores.visits = {int(i): torch.tensor(counts) for i, counts in record.items()}
-            scores.of = {_key_of(name): values[0] for name, values in tensors.items()}
-            self.start = None if hidden is None else (self.first, hidden)
-            scores.power = power_of(noted)
-
-    def done(self, i: int, hidden: States | None) -> None:
-        if i + 1 < self._layers:
-            self._note(i + 1, hidden)
-
-    def finish(self) -> None:
-        self._note(self._layers, None)
-
-    def _note(self, at: int, hidden: States | None) -> None:
-        if self._journal is None:
-            return
-        tensors: dict[str, Sequence[Tensor]] = {_name_of(key): [value] for key, value in self._scores.of.items()}
-        if hidden is not None:
-            tensors["hidden"] = hidden
-        tensors |= named_power(self._scores.power)
-        visits = {str(k): counts.tolist() for k, counts in self._scores.visits.items()}
-        whole = at == self._layers
-        self._journal.checkpoint("scores", "scored" if whole else "scores of a block", at, visits, tensors, last=whole)
-
-
-def named_power(power: Mapping[tuple[int, str], Tensor]) -> dict[str, Sequence[Tensor]]:
-    """`Scores.power` for a journal."""
-    return {f"{_POWER}{i}.{name}": [value] for (i, name), value in power.items()}
-
-
-def power_of(noted: Mapping[str, Sequence[Tensor]]) -> dict[tuple[int, str], Tensor]:
-    """The reverse."""
-    parts = {full: full.removeprefix(_POWER).split(".", 1) for full in noted}
-    return {(int(parts[full][0]), parts[full][1]): values[0] for full, values in noted.items()}
-
-
-def _name_of(key: tuple[int | None, str]) -> str:
-    return key[1] if key[0] is None else f"layers.{key[0]}.{key[1]}"
-
-
-def _key_of(name: str) -> tuple[int | None, str]:
-    parts = name.split(".")
-    return (int(parts[1]), parts[2]) if parts[0] == "layers" else (None, name)
 
 
 def _put(scores: Scores, axis: str, layer: int, value: Tensor, num_layers: int) -> None:

@@ -21,8 +21,9 @@ from pared.calibration import Batch
 from pared.distributed import once
 from pared.durable import write_whole
 from pared.errors import UsageError
-from pared.estimate import Progress, Scores, silent
+from pared.estimate import Progress, silent
 from pared.process import now
+from pared.scores import Scores
 from pared.stream import Stream
 
 # Sizes of an FFN that are timed, of each axis of attention, and runs of each of which the shortest counts.

@@ -14,7 +14,6 @@ from pared import modeling
 from pared.checkpoint import place_of
 from pared.compensate import Reached, Refitted
 from pared.errors import UsageError
-from pared.estimate import Scores
 from pared.journal import Journal, reached
 from pared.models import NATIVE
 from pared.per_layer import PerLayer
@@ -23,6 +22,7 @@ from pared.recipe import Recipe
 from pared.remote_code import FILE, auto_map, modelling_file
 from pared.report.card import model_card
 from pared.retokenize import Retokenized
+from pared.scores import Scores
 from pared.source import Source
 from pared.spill import Pool, States
 from pared.surgery import Turned, cut_block, cut_outside, keep_scale, target_config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,36 +13,26 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.budget import Amount, Budget
-from pared.budget.select import Effort, check_amount, make_plan, recount
-from pared.budget.uniform import allocate_uniform
+from pared.budget.select import check_amount, recount
 from pared.calibration import Calibration, together
 from pared.compensate import Reached, Refitted, compensate
-from pared.compose import compose
 from pared.criteria import get_criterion
-from pared.depth import Depth
-from pared.distributed import first_row, once, own_rows, rank, size
-from pared.effort import GENERATIONS, judges, layers_by_loss, measures, no_scores, reselected, some_rows
+from pared.distributed import first_row, own_rows, rank, size
+from pared.effort import reselected
 from pared.errors import UsageError
-from pared.estimate import Progress, Scores, estimate, named_power, power_of, silent
+from pared.estimate import Progress, silent
 from pared.journal import Journal, reached, stopping_at_steps
-from pared.latency import Workload, times_for
-from pared.means import Means, backing_off, key_of, noted_calibration, resources_of, tell, versions
+from pared.means import Means, backing_off, key_of, noted_calibration, resources_of, tell
 from pared.output import Written, turned_by, write_pruned
 from pared.plan import Plan
+from pared.planning import budget_of, noted_plan
 from pared.recipe import Recipe, make_recipe
-from pared.resolve import calibrate, compute_dtype, resolve, scored_axes
+from pared.resolve import calibrate, resolve, scored_axes
 from pared.resources import Limits, Resources, check_disk, used
-from pared.retokenize import (
-    Retokenized,
-    check_vocabulary,
-    keep_tokens,
-    retokenize_as_planned,
-    vocabulary_alone,
-    with_vocabulary,
-)
-from pared.rotation import Rotation
+from pared.retokenize import Retokenized, check_vocabulary, keep_tokens
+from pared.scores import Scores
 from pared.source import Source
-from pared.surgery import Turned, cut_model, cut_refitted, written_as
+from pared.surgery import Turned, cut_refitted
 from pared.walk import Method
 from pared.writer import CheckpointWriter
 
@@ -60,104 +49,6 @@ class Pruned:
     report: dict[str, Any] = field(default_factory=dict)
     scores: Scores | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
-
-
-def plan_pruning(
-    source: Source,
-    recipe: Recipe,
-    *,
-    calibration: Calibration | None = None,
-    vocabulary: Retokenized | None = None,
-    progress: Progress = silent,
-    means: Means | None = None,
-) -> tuple[Plan, Scores]:
-    """Score and decide, cutting nothing. calibration: None makes it as the recipe says, where the criterion wants any.
-
-    vocabulary: what `keep_tokens` gave for this recipe. means: what to work with.
-    """
-    recipe = resolve(recipe, source)
-    means = means or Means(Resources(recipe.batch))
-    axes = scored_axes(source.layout, recipe)
-    whole = _budget(source, recipe, axes, recipe.share)
-    whole.vocab = None if vocabulary is None else len(vocabulary.kept)
-    if not axes and vocabulary is not None:
-        return vocabulary_alone(whole, vocabulary, recipe, _provenance(source, recipe, None)), Scores()
-    criterion = get_criterion(recipe.criterion or "")
-    if calibration is None and criterion.needs != "weights":
-        calibration = calibrate(source, recipe)
-    rows = own_rows(calibration.batches(1)) if calibration else []
-    mine = together(rows, means.resources.batch)
-    every = calibration.batches(means.resources.batch) if calibration else []
-
-    journal = means.journal if recipe.iterative_steps == 1 and size() == 1 else None
-
-    def decide(now: Source, share: float) -> tuple[Plan, Scores]:
-        stream = means.stream(now, recipe)
-        budget = _budget(now, recipe, axes, share)
-        budget.vocab = whole.vocab
-        measured = measures(recipe, now.layout, axes)
-        going = now.layout.num_layers - allocate_uniform(budget).layers if "layer" in axes else 0
-        apart = {"layer"} < set(axes) and "layer" not in criterion.axes_or(axes) and criterion.needs != "rotation"
-        scored = tuple(a for a in axes if not (apart and a == "layer"))
-        if measured and not criterion.comparable and set(scored) <= reselected(recipe, now.layout):
-            scores = no_scores(now.layout, scored)  # sizes are measured, and units chosen in the walk that refits
-        else:
-            scores = estimate(
-                stream,
-                criterion,
-                scored,
-                mine,
-                reduction=recipe.reduction,
-                seed=recipe.seed,
-                depth=Depth(going, budget.target, budget.saves, budget.protected),
-                progress=progress,
-                journal=journal,
-            )
-        if apart:
-            few = together(own_rows(some_rows(calibration.batches(1) if calibration else [])), means.resources.batch)
-            scores.of[None, "layer"] = layers_by_loss(stream, budget, few, going, progress)
-        times = None
-        if recipe.allocate == "latency":
-            file = Path(recipe.latency_table).expanduser() if recipe.latency_table is not None else None
-            times = times_for(stream, budget, Workload(recipe.latency_batch, recipe.context), file, progress)
-        made = make_plan(
-            budget,
-            scores,
-            shape=recipe.shape,
-            allocate=recipe.allocate or "uniform",
-            judges=judges(stream, axes, every, means.resources.batch, scores) if measured else None,
-            effort=Effort(recipe.search_steps or GENERATIONS[recipe.effort], recipe.search_minutes, recipe.seed),
-            times=times,
-            progress=progress,
-            journal=journal,
-        )
-        # After the weights were read: what identifies them was gathered on the way.
-        said = {**_provenance(source, recipe, calibration), **made.provenance}
-        return made.model_copy(update={"provenance": said, "rotated": scores.rotation is not None}), scores
-
-    if recipe.iterative_steps == 1:
-        single, scores = decide(source, recipe.share)
-        return with_vocabulary(single, vocabulary, whole), scores
-
-    # In steps: each removes an equal part of the whole amount from what the one before left.
-    plan: Plan | None = None
-    scores = Scores()
-    dense = source.resident(compute_dtype(recipe), recipe.device)
-    now = Source.open(dense, source.tokenizer)
-    total = whole.before.amount(recipe.of)
-    for step in range(1, recipe.iterative_steps + 1):
-        left = (plan.after if plan else whole.before).amount(recipe.of)
-        share = (recipe.share * step / recipe.iterative_steps * total - (total - left)) / left
-        if share <= 0:
-            continue
-        part, scores = decide(now, share)
-        plan = part if plan is None else compose(plan, part, source.layout, now.layout)
-        now = Source.open(cut_model(dense, source.layout, plan), source.tokenizer)
-    if plan is None:
-        raise UsageError("the first step removed everything asked for", fix="use fewer --iterative-steps")
-    return recount(
-        plan.model_copy(update={"requested": recipe.remove, "provenance": _provenance(source, recipe, calibration)}), whole
-    ), scores
 
 
 def _compensates(recipe: Recipe) -> bool:
@@ -203,29 +94,6 @@ def chosen_again(plan: Plan, refitted: Iterator[Refitted] | None) -> Plan:
         plan = plan.with_layer(i, done.layer)
         del done
     return plan
-
-
-def _budget(source: Source, recipe: Recipe, axes: tuple[str, ...], share: float) -> Budget:
-    layout, amount = source.layout, Amount(share, recipe.of)
-    n = layout.num_layers
-    if recipe.keep_first + recipe.keep_last >= n:
-        raise UsageError(
-            f"all of the {n} layers are protected", where="--keep-first / --keep-last", fix=f"their sum must be below {n}"
-        )
-    protected = frozenset([*range(recipe.keep_first), *range(n - recipe.keep_last, n)])
-    if "layer" in axes:
-        protected |= layout.fixed_layers
-    writable = functools.partial(written_as, layout, source.config) if recipe.shape == "uniform" else None
-    return Budget(layout, amount, axes, protected, recipe.align, recipe.context, source.experts_used, writable)
-
-
-def _provenance(source: Source, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
-    out: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "versions": versions()}
-    if source.checkpoint is not None:
-        out["source"] = {"name": source.checkpoint.path.name, "digest": source.checkpoint.digest()}
-    if calibration is not None:
-        out["calibration"] = {"source": calibration.source, "tokens": calibration.tokens, "digest": calibration.digest()}
-    return out
 
 
 def apply_plan(model: str | Path, plan: Plan, out: str | Path, *, overwrite: bool = False) -> Path:
@@ -302,7 +170,7 @@ def prune(
         source = source.untied()
     axes = scored_axes(source.layout, recipe)
     if axes and recipe.keep_tokens_from is None:
-        check_amount(_budget(source, recipe, axes, recipe.share), recipe.allocate or "uniform")  # before weights are read
+        check_amount(budget_of(source, recipe, axes, recipe.share), recipe.allocate or "uniform")  # before weights are read
     started = time.perf_counter()
     live = source.checkpoint is None
     limits = Limits.parse(max_memory, max_gpu_memory, spill)
@@ -325,16 +193,16 @@ def prune(
             check_disk(writer.partial, int(least), "the result", "free some space, or choose an -o on another disk")
         vocabulary = None
         if recipe.keep_tokens_from is not None:
-            budget = _budget(source, recipe, ("vocab",), recipe.share)
+            budget = budget_of(source, recipe, ("vocab",), recipe.share)
             vocabulary = keep_tokens(source.words(), recipe, budget, alone=not axes, progress=progress)
             if axes:
-                budget = _budget(source, recipe, axes, recipe.share)
+                budget = budget_of(source, recipe, axes, recipe.share)
                 budget.vocab = len(vocabulary.kept)
                 check_amount(budget, recipe.allocate or "uniform")
         wanted = axes and (get_criterion(recipe.criterion or "").needs != "weights" or (not dry_run and _compensates(recipe)))
         text = noted_calibration(source, recipe, ids, means.journal) if wanted else None
         tell(progress, tokens=text.tokens if text else None)
-        plan, scores = _planned(source, recipe, text, vocabulary, progress, means)
+        plan, scores = noted_plan(source, recipe, text, vocabulary, progress, means)
         report: dict[str, Any] = {
             "model_type": source.layout.model_type,
             "requested": recipe.remove if recipe.allocate != "latency" else None,
@@ -389,41 +257,3 @@ def _write(
 ) -> tuple[Path, Plan]:
     steps = Written(means.journal if size() == 1 else None, writer, means.resources.pool())
     return write_pruned(source, plan, writer, recipe, refitted(steps.reached), vocabulary, steps, turned)
-
-
-def _planned(
-    source: Source,
-    recipe: Recipe,
-    text: Calibration | None,
-    vocabulary: Retokenized | None,
-    progress: Progress,
-    means: Means,
-) -> tuple[Plan, Scores]:
-    """The plan and the scores behind it, from the journal where they stand in it."""
-    journal = means.journal
-    found = once(lambda: journal.read("plan") if journal is not None else None)
-    if found is not None:
-        plan = Plan.model_validate(found["plan"])
-        turned = Rotation.read(journal) if plan.rotated and journal is not None else None
-        visits = {int(i): torch.tensor(n) for i, n in found["visits"].items()}
-        return plan, Scores(visits=visits, power=once(lambda: _noted_power(journal, found)), rotation=turned)
-    plan, scores = backing_off(
-        means,
-        lambda: plan_pruning(source, recipe, calibration=text, vocabulary=vocabulary, progress=progress, means=means),
-    )
-    made = plan
-    plan = once(lambda: made)
-    if journal is not None:
-        if scores.rotation is not None:
-            scores.rotation.write(journal)
-        if scores.power:
-            journal.write_tensors("plan", named_power(scores.power))
-        counted = {str(i): counts.tolist() for i, counts in scores.visits.items()}
-        journal.write("plan", {"plan": plan.model_dump(mode="json"), "visits": counted, "power": bool(scores.power)})
-        reached("planned")
-    return plan, scores
-
-
-def _noted_power(journal: Journal | None, plan: Mapping[str, Any]) -> dict[tuple[int, str], torch.Tensor]:
-    """`Scores.power` beside a noted plan."""
-    return power_of(journal.read_tensors("plan")) if journal is not None and plan["power"] else {}

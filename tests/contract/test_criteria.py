@@ -16,9 +16,10 @@ from pared.checkpoint import Checkpoint
 from pared.criteria import REDUCTIONS, Criterion, all_criteria, get_criterion
 from pared.depth import Depth
 from pared.errors import UsageError
-from pared.estimate import Scores, estimate
+from pared.estimate import estimate
 from pared.modeling import blocks
 from pared.proof import proved_layout
+from pared.scores import Scores
 from pared.stream import Stream
 
 AXES = ("kv", "query", "ffn", "hidden", "layer")

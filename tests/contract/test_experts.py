@@ -25,11 +25,12 @@ from pared.calibration import Batch
 from pared.checkpoint import Checkpoint
 from pared.criteria import all_criteria, get_criterion
 from pared.errors import ModelError, UsageError
-from pared.estimate import Scores, estimate
+from pared.estimate import estimate
 from pared.modeling import blocks
 from pared.plan import from_ranges
 from pared.proof import TOLERANCE, proved_layout
 from pared.run import Pruned, apply_plan
+from pared.scores import Scores
 from pared.stream import Stream
 from pared.structure import Layout, experts_per_token
 from pared.surgery import cut_model

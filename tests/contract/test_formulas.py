@@ -14,9 +14,10 @@ import tiny
 from pared.calibration import Batch
 from pared.criteria import get_criterion
 from pared.depth import Depth
-from pared.estimate import Scores, estimate
+from pared.estimate import estimate
 from pared.modeling import blocks
 from pared.proof import proved_layout
+from pared.scores import Scores
 from pared.stream import Stream
 
 BATCHES = [Batch(tiny.tokens(3, 12)), Batch(tiny.tokens(2, 8, seed=4))]

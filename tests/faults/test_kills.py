@@ -126,13 +126,13 @@ def test_every_durable_step_was_killed_at() -> None:
 
 SLOWLY = """
 import sys, time
-from pared import estimate, journal
-before = estimate._Steps.done
+from pared.scoring_steps import ScoringSteps
+before = ScoringSteps.done
 def slow(self, i, hidden):
     before(self, i, hidden)
     print("block", i, flush=True)
     time.sleep(0.5)
-estimate._Steps.done = slow
+ScoringSteps.done = slow
 from pared.cli import main
 main(sys.argv[1:])
 """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pared.budget import Budget, Sizes
-from pared.estimate import Scores
+from pared.scores import Scores
 from pared.structure import sublayer_of
 
 

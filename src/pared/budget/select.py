@@ -19,9 +19,10 @@ from pared.budget.timed import Times, allocate_timed
 from pared.budget.trials import Judges
 from pared.budget.uniform import allocate_uniform, uniform_shapes
 from pared.errors import UsageError
-from pared.estimate import Progress, Scores, silent
+from pared.estimate import Progress, silent
 from pared.journal import Journal
 from pared.plan import Plan, kept_sizes, layer_plan, to_ranges
+from pared.scores import Scores
 from pared.structure import SUBLAYERS, Layout
 
 ALLOCATIONS = ("uniform", "global", "search", "latency")

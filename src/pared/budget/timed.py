@@ -13,7 +13,7 @@ from torch import Tensor
 from pared.budget import Budget, Sizes
 from pared.budget.ranked import ascending
 from pared.errors import UsageError
-from pared.estimate import Scores
+from pared.scores import Scores
 
 # Times are counted in so many parts of the whole, rounded against the target.
 TICKS = 1 << 16
