@@ -29,7 +29,7 @@ from pared.planning import budget_of, noted_plan
 from pared.recipe import Recipe, make_recipe
 from pared.resolve import calibrate, resolve, scored_axes
 from pared.resources import Limits, Resources, check_disk, used
-from pared.retokenize import Retokenized, check_vocabulary, keep_tokens
+from pared.retokenize import Retokenized, check_vocabulary, keep_tokens, retokenize_as_planned
 from pared.scores import Scores
 from pared.source import Source
 from pared.surgery import Turned, cut_refitted
