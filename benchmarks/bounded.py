@@ -1,7 +1,7 @@
 """A model of 13.5 GB pruned in 4 GiB: memory over time, bytes read and written, time.
 
     python benchmarks/shapes.py llama-2-7b DIR
-    python benchmarks/bounded.py DIR --out FILE.md [--rows magnitude,taylor,default] [--max-memory 4GiB]
+    python benchmarks/bounded.py DIR --out FILE.md [--rows magnitude,taylor,default,more] [--max-memory 4GiB]
     python benchmarks/bounded.py --growth --out FILE.md
     python benchmarks/bounded.py --paper --out FILE.md
 
@@ -39,6 +39,7 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "magnitude": ("L2 magnitude, nothing refitted", ("--criterion", "l2", "--compensate", "none")),
     "taylor": ("Taylor on 4 x 64 tokens, nothing refitted", ("--criterion", "taylor", "--compensate", "none", *FEW)),
     "default": ("the default (second order, sequential refit) on 4 x 64 tokens", FEW),
+    "more": ("the default on 16 x 128 tokens", ("--samples", "16", "--seq-len", "128", "--batch", "8")),
 }
 _GIB = 2**30
 

@@ -9,6 +9,7 @@ import torch
 
 from pared.axes import Nested, parse
 from pared.elimination import Elimination, choose_units, elimination_costs
+from pared.inverses import DenseInverse, FewInverse
 from test_leastsquares import correlated, moments, refit, rows
 
 
@@ -106,14 +107,16 @@ def test_every_kept_group_keeps_as_many_heads_and_the_cheapest_of_all_go() -> No
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("own", [False, True])
-def test_few_tokens_are_eliminated_as_their_second_moments_are(width: int, centred: bool, own: bool) -> None:
+@pytest.mark.parametrize("tokens", [6, 12])
+def test_few_tokens_are_eliminated_as_their_second_moments_are(width: int, centred: bool, own: bool, tokens: int) -> None:
     g = torch.Generator().manual_seed(9)
-    a, w, t = correlated(12, 48, seed=9), torch.randn(5, 48, generator=g), torch.randn(12, 5, generator=g)
+    a, w, t = correlated(tokens, 48, seed=9), torch.randn(5, 48, generator=g), torch.randn(tokens, 5, generator=g)
     blocks = torch.arange(48).reshape(-1, width)
     states = [
         Elimination.from_sums(known(a, t), w, centred=centred, scale=0.5, own=own)  # type: ignore[operator]
         for known in (moments, rows)
     ]
+    assert isinstance(states[1].h, FewInverse if tokens == 6 else DenseInverse)
     copies = [state.copy() for state in states]
     for start in range(0, len(blocks) - 4, 4):
         alive = blocks[start:]

@@ -1,7 +1,7 @@
 """The tokens of a consumer themselves, where they are few against its channels: the same least squares, solved between
 tokens instead of between channels.
 
-With A [tokens, n] and R = T - A w^T the refit is w + R^T (A A^T + ridge I)^-1 A: no matrix of n x n is there at any time.
+With A [tokens, n] and R = T - A w^T the refit is w + R^T (A A^T + ridge I)^-1 A: it takes no matrix of n x n.
 """
 
 from __future__ import annotations
@@ -11,16 +11,24 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pared.inverses import FewInverse
-from pared.leastsquares import Factors, factored, ridge, strips
+from pared.inverses import DenseInverse, FewInverse
+from pared.leastsquares import Factors, factored, ridge, solve_rows_, strips
 
-# Tokens are few where there are this many channels for each of them: elimination then costs less as well.
-CHANNELS = 8
+# Tokens are few where there are this many channels for each of them: they take less memory than their second moments, and
+# less work.
+CHANNELS = 2
+# Where there are this many, elimination costs less without the inverse of n x n as well.
+CHANNELS_ELIMINATED = 8
 
 
 def are_few(tokens: int, n: int) -> bool:
     """Whether so many tokens are kept as they are, for n channels."""
     return tokens * CHANNELS <= n
+
+
+def are_eliminated(tokens: int, n: int) -> bool:
+    """Whether columns are eliminated with so few tokens in the place of the inverse."""
+    return tokens * CHANNELS_ELIMINATED <= n
 
 
 class FewRows:
@@ -95,13 +103,19 @@ class FewRows:
         """What is to be solved. centred: with a bias to fit as well. scale: where damping is relative to another."""
         return BetweenTokens(self, centred, self.scale(centred=centred) if scale is None else scale, dtype)
 
-    def inverse(self, added: float, *, centred: bool) -> FewInverse:
-        """(C + added I)^-1, by what it follows from."""
-        return FewInverse(_rooted(self.inputs, self.mean() if centred else None, torch.float64), added)
+    def inverse(self, added: float, *, centred: bool) -> FewInverse | DenseInverse:
+        """(C + added I)^-1: the matrix, or what it follows from where that costs less."""
+        a = _rooted(self.inputs, self.mean() if centred else None, torch.float64)
+        return FewInverse(a, added) if are_eliminated(*a.shape) else DenseInverse.of_few(a, added)
 
-    def regressed(self, h: FewInverse, w: Tensor, added: float, *, centred: bool) -> Tensor:
+    def regressed(self, h: FewInverse | DenseInverse, w: Tensor, added: float, *, centred: bool) -> Tensor:
         """(X + added w) (C + added I)^-1, float32 [out, n]."""
-        return self.problem(centred=centred).between(w, added, torch.float32)
+        problem = self.problem(centred=centred)
+        left, a = problem.dual(w, added)
+        out = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+        for rows in strips(len(w)):
+            out[rows] = torch.addmm(w[rows].double(), left[rows], a)
+        return out
 
 
 class BetweenTokens:
@@ -124,15 +138,16 @@ class BetweenTokens:
         return _rooted(self.rows.targets, self.mean_t if self.centred else None, self.dtype)
 
     def solved(self, w: Tensor, damping: float) -> Tensor:
-        return self.between(w, ridge(self.scale, damping), self.dtype)
+        left, a = self.dual(w, ridge(self.scale, damping))
+        return w.to(self.dtype, copy=True).addmm_(left, a)
 
-    def between(self, w: Tensor, added: float, dtype: torch.dtype) -> Tensor:
-        """The refit with a ridge given as a number, in a dtype of its own."""
-        a, off = self._inputs(), self._targets()
+    def dual(self, w: Tensor, added: float) -> tuple[Tensor, Tensor]:
+        """L [out, tokens] and A [tokens, n]: the refit with a ridge given as a number is w + L A."""
+        a = self._inputs()
+        off = self._targets().T.contiguous()
         for rows in strips(len(w)):
-            off[:, rows] -= a @ w[rows].to(self.dtype).T
-        left = torch.cholesky_solve(off, factored(lambda: a @ a.T, added))
-        return w.to(dtype, copy=True).addmm_(left.T.to(dtype), a.to(dtype))
+            off[rows] -= w[rows].to(self.dtype) @ a.T
+        return solve_rows_(factored(lambda: a @ a.T, added), off), a
 
     def error(self, w: Tensor) -> float:
         """E||t - W' a - b||^2 of given weights [out, n] with their best bias."""
@@ -143,8 +158,8 @@ class BetweenTokens:
 
     def moved(self, damping: float) -> Factors:
         a = self._inputs()
-        left = torch.cholesky_solve(self._targets() - a, factored(lambda: a @ a.T, ridge(self.scale, damping)))
-        return Factors(left.T, a)
+        off = self._targets().sub_(a).T.contiguous()
+        return Factors(solve_rows_(factored(lambda: a @ a.T, ridge(self.scale, damping)), off), a)
 
     def moved_judge(self, weights: Sequence[Tensor]) -> Callable[[Factors], float]:
         a, off = self._inputs().float(), (self._targets() - self._inputs()).float()

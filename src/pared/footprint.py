@@ -141,16 +141,18 @@ class _Block:
     consumers: list[tuple[int, int]] = field(default_factory=list)
     producers: int = 0
     producer_entries: int = 0
+    made: list[int] = field(default_factory=list)
+    """For each consumer, the entries of the matrices that make its input."""
 
 
 def _block(work: Work, i: int) -> _Block:
     layout, sizes = work.layout, work.layout.sizes_at(i)
     held = layout.block_tensors(i)
     meta = {layout.local(n): torch.empty(layout.shapes[n], device="meta") for n in held}
-    consumers = [
-        (layout.shapes[n][layout.consumers[n]], layout.shapes[n][1 - layout.consumers[n]])
-        for n in (f"{layout.prefix}.{i}.{c}" for c in consumers_of(layout, i, meta))
-    ]
+    into = [f"{layout.prefix}.{i}.{c}" for c in consumers_of(layout, i, meta)]
+    consumers = [(layout.shapes[n][layout.consumers[n]], layout.shapes[n][1 - layout.consumers[n]]) for n in into]
+    axes = [names(layout.tensors[n].dims[layout.consumers[n]]) for n in into]
+    made = [0] * len(into)
     inner = 0
     makers = 0
     for n in held:
@@ -161,6 +163,8 @@ def _block(work: Work, i: int) -> _Block:
         if names(layout.tensors[n].dims[dim]) == {"hidden"}:
             inner += routed * prod(s for d, s in enumerate(shape) if d not in ({0, dim} if len(shape) == 3 else {dim}))
             makers += prod(shape) if len(shape) == 2 else 0
+            for k, own in enumerate(axes):
+                made[k] += prod(shape) if len(shape) == 2 and own & layout.tensors[n].axes else 0
         else:
             inner += routed * shape[dim]
     _, ops = block_count(layout, i, sizes, context=work.seq_len // 2, experts_used=work.experts_used)
@@ -173,6 +177,7 @@ def _block(work: Work, i: int) -> _Block:
         consumers,
         len({names(layout.tensors[n].dims[layout.consumers[n]]) for n in held if n in layout.consumers}) - 1,
         makers,
+        made,
     )
 
 
@@ -225,6 +230,10 @@ def _states(work: Work, b: _Block) -> int:
 def _passes(work: Work, blocks: list[_Block]) -> float:
     """Operations of one forward pass over the blocks."""
     return work.samples * work.seq_len * sum(b.flops for b in blocks)
+
+
+def _consumer(work: Work, n: int, out: int, tokens: int) -> solves.Consumer:
+    return solves.Consumer(n, tokens, work.processes, out=out, keep=1 - work.recipe.share)
 
 
 def _logits(work: Work, copies: int) -> int:
@@ -288,14 +297,14 @@ def _measuring(work: Work, blocks: list[_Block], end: int) -> list[Stage]:
         budget = Budget(work.layout, Amount(recipe.share, recipe.of), work.axes, experts_used=work.experts_used)
         models, rounds, share = len(uniform_shapes(budget)), 1, 0.35
     share_tokens = int(share * work.samples * work.seq_len)
-    parts = [solves.Consumer(n, o, share_tokens, 1 - recipe.share, work.processes) for n, o in big.consumers]
+    parts = [_consumer(work, n, o, share_tokens) for n, o in big.consumers]
     sums = sum(c.sums(0 if recipe.allocate != "search" else c.out) for c in parts)
     eliminated, cut = max((c.eliminated for c in parts), default=0), work.itemsize * big.entries
     fixed = work.itemsize * big.entries + sums + max(eliminated, cut)
     refitted = models * sum(c.weights for c in parts)
     if recipe.allocate == "search":
         fixed += min(KEPT, work.layout.num_layers * sums) + max((c.selected for c in parts), default=0)
-    every = [solves.Consumer(n, o, share_tokens, 1 - recipe.share, work.processes) for b in blocks for n, o in b.consumers]
+    every = [_consumer(work, n, o, share_tokens) for b in blocks for n, o in b.consumers]
     solved = rounds * (models if recipe.allocate == "search" else 1) * sum(c.elimination_flops for c in every)
     return [
         Stage(
@@ -317,28 +326,33 @@ def _walk(work: Work, blocks: list[_Block], end: int) -> list[Stage]:
     big = max(blocks, key=lambda b: b.entries)
     sequential = work.recipe.compensate == "sequential"
     tokens, keep = work.samples * work.seq_len, 1 - work.recipe.share
-    parts = [solves.Consumer(n, o, tokens, keep, work.processes) for n, o in big.consumers]
-    moved = solves.Moved(big.hidden, big.producer_entries, tokens // 2, work.processes) if sequential else None
-    # The block, what of it is refitted, and what is cut for the stage at hand.
-    held = int(work.itemsize * (big.entries + (big.producer_entries if sequential else 0)) + sum(c.weights for c in parts))
-    gathered = max((c.gathered for c in parts), default=0)
-    solving = max([c.peak for c in parts] + ([moved.peak] if moved else []), default=0)
+    parts = [_consumer(work, n, o, tokens) for n, o in big.consumers]
+    moved = solves.Moved(big.hidden, tokens // 2, work.processes, entries=big.producer_entries)
+    # The block, the refitted matrices that read the stream beside their dense ones, and refitted consumers.
+    block, done = work.itemsize * big.entries, sum(c.weights for c in parts)
+    held = block + (work.itemsize * big.producer_entries if sequential else 0) + done
+    # What made the inputs of the consumers before runs cut.
+    gathered = [c.gathered + int(keep * work.itemsize * sum(big.made[:k])) for k, c in enumerate(parts)]
+    # Nothing dense is needed beside what was refitted once the last consumer has been passed.
+    solving = [(block + done if k == len(parts) - 1 else held) - c.weights + c.peak for k, c in enumerate(parts)]
+    if sequential:
+        gathered.append(moved.gathered + int(keep * work.itemsize * sum(big.made[:-1])))
+        solving.append(held + moved.peak)
     states = (5 + 2 * len(big.consumers) if sequential else 3 + len(big.consumers)) * _states(work, big)
     flops = solved = 0.0
     for b in blocks:
         for n, o in b.consumers:
-            one = solves.Consumer(n, o, tokens, keep, work.processes)
+            one = _consumer(work, n, o, tokens)
             flops, solved = flops + one.flops, solved + one.solves
         if sequential:
-            every = solves.Moved(b.hidden, b.producer_entries, tokens // 2, work.processes)
+            every = solves.Moved(b.hidden, tokens // 2, work.processes, entries=b.producer_entries)
             flops, solved = flops + every.flops, solved + every.solves
     steps = 4.0 * (work.recipe.reconstruct or 0) * work.recipe.batch / max(1, work.samples)
     rows = _forward(work, big) * (2 if work.recipe.reconstruct else 1)
-    block = work.itemsize * big.entries
     return [
         Stage(
             "refit",
-            held + gathered,
+            held + max(gathered, default=0),
             rows,
             states,
             block,
@@ -346,7 +360,7 @@ def _walk(work: Work, blocks: list[_Block], end: int) -> list[Stage]:
             flops=(3.5 + steps if sequential else 2.5) * _passes(work, blocks) + flops,
             solves=solved,
         ),
-        Stage("refit: the solves", held + solving, states=states, block=block),
+        Stage("refit: the solves", max(solving, default=0), states=states, block=block),
     ]
 
 

@@ -43,6 +43,26 @@ class DenseInverse:
     def __init__(self, square: Callable[[], Tensor], added: float) -> None:
         self.matrix = inverse(square, added)
 
+    @classmethod
+    def of_few(cls, a: Tensor, added: float) -> DenseInverse:
+        """Of C = A^T A for few rows A [tokens, n], float64, which are given up: (I - A^T (A A^T + added I)^-1 A) / added."""
+        n = a.shape[1]
+        torch.linalg.solve_triangular(factored(lambda: a @ a.T, added), a, upper=False, out=a)
+        h = torch.empty(n, n, dtype=a.dtype, device=a.device)
+        for s in range(0, n, STRIP):
+            e = min(s + STRIP, n)
+            torch.mm(a[:, s:e].T, a[:, s:], out=h[s:e, s:])
+            h[s:e, s:].div_(-added)
+            h[e:, s:e] = h[s:e, e:].T
+        h.diagonal().add_(1 / added)
+        return cls._from(h)
+
+    @classmethod
+    def _from(cls, matrix: Tensor) -> DenseInverse:
+        made = object.__new__(cls)
+        made.matrix = matrix
+        return made
+
     def __len__(self) -> int:
         return len(self.matrix)
 
@@ -65,9 +85,7 @@ class DenseInverse:
         self.matrix = h[:n, :n]
 
     def copy(self) -> DenseInverse:
-        other = object.__new__(DenseInverse)
-        other.matrix = self.matrix.clone()
-        return other
+        return self._from(self.matrix.clone())
 
 
 class FewInverse:

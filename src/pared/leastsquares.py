@@ -109,6 +109,15 @@ def factored(square: Callable[[], Tensor], added: float) -> Tensor:
     )
 
 
+def solve_rows_(factor: Tensor, rows: Tensor) -> Tensor:
+    """rows [r, n] times the inverse of a matrix [n, n] of which the lower Cholesky factor is given, in the place of the rows.
+
+    `torch.cholesky_solve` would copy the factor.
+    """
+    torch.linalg.solve_triangular(factor.mT, rows, upper=True, left=False, out=rows)
+    return torch.linalg.solve_triangular(factor, rows, upper=False, left=False, out=rows)
+
+
 def inverse(square: Callable[[], Tensor], added: float) -> Tensor:
     """The inverse of such a matrix, in its place."""
     factor = factored(square, added)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pared.distributed import total, total_of
+from pared.fewrows import FewRows
 from pared.inverses import DenseInverse
-from pared.leastsquares import STRIP, Factors, factored, ridge, strips
+from pared.leastsquares import STRIP, Factors, factored, ridge, solve_rows_, strips
 
 
 class Upper:
@@ -119,8 +120,11 @@ class Moments2:
         total(self.upper.flat, self.ta, self.a, self.t)
         self.count, self.tt = total_of(self.count), total_of(self.tt)
 
-    def plus(self, other: Moments2) -> Moments2:
-        """These tokens and those of another, in the place of this one; the other is emptied."""
+    def plus(self, other: Moments2 | FewRows) -> Moments2:
+        """These tokens and those of another, in the place of this one; other sums are emptied."""
+        if isinstance(other, FewRows):
+            self.add(other.inputs, other.targets)
+            return self
         self.upper.flat += other.upper.flat
         for mine, more in ((self.ta, other.ta), (self.a, other.a), (self.t, other.t)):
             mine += more
@@ -243,7 +247,7 @@ class NormalEquations:
         factor, r = self._factor(damping)
         new = torch.empty(w.shape, dtype=self.dtype, device=factor.device)
         for rows in strips(len(w)):
-            new[rows] = torch.cholesky_solve(self.x(rows).add_(w[rows], alpha=r).T, factor).T
+            new[rows] = solve_rows_(factor, self.x(rows).add_(w[rows], alpha=r))
         return new
 
     def error(self, w: Tensor) -> float:
@@ -269,9 +273,8 @@ class NormalEquations:
         return out
 
     def moved(self, damping: float) -> Factors:
-        factor, _ = self._factor(damping)
-        off = (self.x() - self.c).T  # (T - I) (C + r I) = X - C
-        return Factors(torch.cholesky_solve(off, factor).T)
+        off = self.x().sub_(self.c)  # (T - I) (C + r I) = X - C
+        return Factors(solve_rows_(self._factor(damping)[0], off))
 
     def moved_judge(self, weights: Sequence[Tensor]) -> Callable[[Factors], float]:
         metric = torch.zeros_like(self.c, dtype=torch.float32)

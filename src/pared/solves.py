@@ -5,26 +5,55 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pared.elimination import ROUNDS
-from pared.fewrows import are_few
+from pared.fewrows import are_eliminated, are_few
 from pared.leastsquares import STRIP
+from pared.walk import HELD_OUT
 
 # Dampings that are tried on the way to the best.
 TRIED = 3
+# What is left of the columns when those that are gone are dropped.
+SQUEEZED = 0.75
 
 
 @dataclass(frozen=True)
-class Consumer:
-    """A matrix [out, n] back into the residual stream, refitted on so many tokens, of whose inputs the share `keep` stays."""
+class _Known:
+    """What is known of so many tokens of a matrix [out, n]: second moments, or the tokens where they are few."""
 
     n: int
-    out: int
     tokens: int
-    keep: float
     processes: int = 1
 
     @property
     def few(self) -> bool:
         return self.processes == 1 and are_few(self.tokens, self.n)
+
+    @property
+    def _held_out(self) -> int:
+        return -(-self.tokens // HELD_OUT)
+
+    def _sums(self, n: float, out: float) -> float:
+        return 4 * (n * (n + STRIP) / 2 + n * out)
+
+    def _known(self, n: float, out: float) -> float:
+        """Bytes of all of it with n channels, of the tokens to fit to and of those to judge by."""
+        if self.few:
+            return 4 * self.tokens * (n + out)
+        rows = self.processes == 1 and are_few(self._held_out, self.n)
+        return self._sums(n, out) + (4 * self._held_out * (n + out) if rows else self._sums(n, out))
+
+    def _judging(self, n: float, out: float) -> float:
+        """Operations of one look at how far weights are off on the tokens to judge by, float32."""
+        if self.processes == 1 and are_few(self._held_out, self.n):
+            return 4.0 * self._held_out * n * out
+        return 2.0 * out * n * n
+
+
+@dataclass(frozen=True)
+class Consumer(_Known):
+    """A matrix [out, n] back into the residual stream, refitted on so many tokens, of whose inputs the share `keep` stays."""
+
+    out: int = 0
+    keep: float = 1.0
 
     @property
     def _left(self) -> float:
@@ -35,92 +64,119 @@ class Consumer:
         """Bytes of the refitted weights, float32."""
         return int(4 * self._left * self.out)
 
-    def sums(self, out: int, n: float | None = None) -> int:
-        """Bytes of what is known of the tokens. out: 0 without targets; n: of so many channels alone."""
-        n = self.n if n is None else n
-        return int(4 * (self.tokens * (n + out) if self.few else n * (n + STRIP) / 2 + n * out))
+    def sums(self, out: int) -> int:
+        """Bytes of what is known of the tokens where none is held out. out: 0 without targets."""
+        return int(4 * self.tokens * (self.n + out) if self.few else self._sums(self.n, out))
 
     @property
     def gathered(self) -> int:
-        """What is known of the tokens to fit to and of those to judge by."""
-        return self._twice(self.n)
-
-    def _twice(self, n: float) -> int:
-        return self.sums(self.out, n) * (1 if self.few else 2)
+        """Bytes of what is known of the tokens to fit to and of those to judge by."""
+        return int(self._known(self.n, self.out))
 
     @property
     def eliminated(self) -> int:
-        """H and V while columns go."""
-        h = 8 * (4 * self.tokens * self.n + 2 * self.tokens**2) if self.few else 8 * self.n**2
-        rows = 3 * 8 * self.n * max(self.n / ROUNDS, 0 if self.few else STRIP)
-        return int(h + 4 * self.n * self.out * (2 if self.few else 1.2) + rows)
+        """Bytes of H and V while columns go, and of what they are made with."""
+        n, out, t = self.n, self.out, self.tokens
+        v = 4 * n * out
+        moving = 3 * 8 * n * n / ROUNDS + (SQUEEZED * v if self.keep < SQUEEZED else 0)
+        if self.few and are_eliminated(t, n):
+            return int(8 * (4 * t * n + 2 * t * t) + 2 * v + moving)
+        if self.few:
+            return int(8 * n * n + max(8 * t * n, v + 8 * (t * n + 2 * t * out + 2 * t * t) + 8 * STRIP * n, v + moving))
+        return int(8 * n * n + v + max(2 * 8 * STRIP * n, moving))
 
     @property
     def selected(self) -> int:
-        """While units are chosen."""
+        """Bytes while units are chosen."""
         return self.gathered + self.eliminated
 
     @property
     def peak(self) -> int:
-        """At the worst moment of choosing, of trying dampings, of the solve that counts."""
-        k, out = self._left, self.out
-        tried = self._twice(k) + 4 * (3 * k * out + (0 if self.few else k * k))
-        last = self.sums(out, k) + 8 * ((0 if self.few else k * k) + 2 * k * out) + 4 * k * out
-        return int(max(self.selected, tried, last))
+        """Bytes at the worst moment of choosing, of trying dampings, of the solve that counts, its result included."""
+        k, out, t = self._left, self.out, self.tokens
+        known = self._known(k, out)
+        if self.few:
+            tried = 4 * (t * k + 2 * t * out + 2 * t * t + 2 * k * out)
+            last = 8 * (t * k + 2 * t * out + 2 * t * t + k * out) + 4 * k * out
+        else:
+            tried = 4 * (k * k + 2 * k * out + 3 * STRIP * k)
+            last = 8 * (k * k + k * out + 2 * STRIP * k) + 4 * k * out
+        return int(max(self.selected, known + tried, known + last, known + 8 * k * out + 2 * 4 * k * out))
 
     @property
     def elimination_flops(self) -> float:
-        """Until the share that goes is gone, float64."""
-        n, gone = self.n, (1 - self.keep) * self.n
-        if self.few:
-            return (1 - self.keep) * ROUNDS * self.tokens**2 * n + 2.0 * gone * n * (self.tokens + self.out / 2)
-        return n**3 + 2.0 * n * n * gone + n * self.out * gone
+        """Operations until the share that goes is gone, float64."""
+        n, gone, t = self.n, (1 - self.keep) * self.n, self.tokens
+        if self.few and are_eliminated(t, n):
+            return 2.0 * t * t * n + (1 - self.keep) * ROUNDS * t * t * n + 2.0 * gone * n * t
+        inverse = 3.0 * t * t * n + t**3 / 3 + t * n * n if self.few else 1.0 * n**3
+        return inverse + 2.0 * n * n * gone
+
+    @property
+    def _regressed(self) -> float:
+        """Operations of the weights that elimination begins with, float64."""
+        n, out = self.n, self.out
+        return self._between(n) if self.few else 2.0 * out * n * n
+
+    def _between(self, n: float) -> float:
+        """Operations of one solve between tokens."""
+        out, t = self.out, self.tokens
+        return 2.0 * t * t * n + t**3 / 3 + 4.0 * t * n * out + 2.0 * t * t * out
 
     @property
     def solves(self) -> float:
         """Operations in float64."""
-        n, k, out, t = self.n, self._left, self.out, self.tokens
-        if self.few:
-            return self.elimination_flops + 2.0 * t * out * (2 * n + k)
-        return self.elimination_flops + 2.0 * out * n * n + k**3 / 3 + 2.0 * out * k * k
+        k, out = self._left, self.out
+        last = self._between(k) if self.few else k**3 / 3 + 2.0 * out * k * k
+        return self.elimination_flops + self._regressed + last
 
     @property
     def flops(self) -> float:
         """Operations in float32."""
         n, k, out, t = self.n, self._left, self.out, self.tokens
+        moving = 2.0 * n * out * (n - k)
+        judged = TRIED * self._judging(k, out)
         if self.few:
-            return 2.0 * t * out * n * 2 + TRIED * 4.0 * t * out * k
-        return t * n * (n + 2.0 * out) + 2.0 * out * n * n + TRIED * (k**3 / 3 + 4.0 * out * k * k)
+            return moving + judged + 2.0 * t * out * n + TRIED * self._between(k)
+        return moving + judged + t * n * (n + 2.0 * out) + 2.0 * out * n * n + TRIED * (k**3 / 3 + 2.0 * out * k * k)
 
 
 @dataclass(frozen=True)
-class Moved:
-    """Matrices of so many entries in all that read the residual stream, refitted to what it has become, on so many tokens."""
+class Moved(_Known):
+    """Matrices of so many entries in all that read the residual stream of width n, refitted to what it has become."""
 
-    hidden: int
-    entries: int
-    tokens: int
-    processes: int = 1
+    entries: int = 0
 
     @property
-    def few(self) -> bool:
-        return self.processes == 1 and are_few(self.tokens, self.hidden)
+    def gathered(self) -> int:
+        """Bytes of what is known of the tokens."""
+        return int(self._known(self.n, self.n))
 
     @property
     def peak(self) -> int:
-        """Bytes at the worst moment: the largest of the matrices is taken to be half of all."""
-        h = self.hidden
-        return int(4 * self.entries / 2 + (8 * 6 * self.tokens * h if self.few else 4 * 14 * h * h))
+        """Bytes at the worst moment beside the refitted matrices, of which the largest is taken to be half of all."""
+        h, t = self.n, self.tokens
+        if self.few:
+            return int(self.gathered + 8 * (4 * t * h + 2 * t * t) + 4 * self.entries / 2)
+        rows = self.processes == 1 and are_few(self._held_out, h)
+        judged = 4 * self._held_out * (2 * h + 2 * self.entries / h) if rows else 4 * 8 * h * h
+        return int(self.gathered + max(4 * 3 * h * h + judged, 8 * 2 * h * h, 12 * h * h + 4 * self.entries / 2))
 
     @property
     def solves(self) -> float:
         """Operations in float64."""
-        return 4.0 * self.tokens**2 * self.hidden if self.few else 2 * (self.hidden**3 / 3 + 2.0 * self.hidden**3)
+        h, t = self.n, self.tokens
+        return 2 * (4.0 * t * t * h + t**3 / 3 if self.few else h**3 / 3 + 2.0 * h**3)
 
     @property
     def flops(self) -> float:
         """Operations in float32; a block has two such groups."""
-        h, t = self.hidden, self.tokens
+        h, t = self.n, self.tokens
         if self.few:
-            return (2 + TRIED) * 2.0 * t * self.entries
-        return 2 * (3.0 * t * h * h + TRIED * 7.0 * h**3) + 4.0 * self.entries * h
+            held = self._held_out
+            return 4.0 * t * self.entries + TRIED * (
+                2 * (4.0 * t * t * h + t**3 / 3 + 4.0 * t * held * h) + 2.0 * held * self.entries
+            )
+        rows = self.processes == 1 and are_few(self._held_out, h)
+        judged = 2 * 2.0 * self._held_out * h * h + 2.0 * self._held_out * self.entries if rows else 2 * 6.0 * h**3
+        return 2 * 3.0 * t * h * h + TRIED * (2 * 7.0 / 3 * h**3 + judged) + 2.0 * self.entries * h

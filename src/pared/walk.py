@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pared import process
 from pared.axes import Nested, indices
-from pared.blockparts import bias_of, consumers_of, cut, input_axes, matrices, oriented, rebuilt, stored
+from pared.blockparts import bias_of, consumers_of, cut, input_axes, matrices, oriented, owner, rebuilt, stored
 from pared.distributed import once
 from pared.elimination import Elimination, Sums, choose_units, sums_for
 from pared.errors import UsageError
@@ -192,9 +192,9 @@ class Walk:
     # ---- the refits ------------------------------------------------------------------------------------------------
 
     def _sums(self, n: int, out: int, tokens: int) -> list[Sums]:
-        """Of the tokens to fit and of those to judge by."""
+        """Of the tokens to fit and of those to judge by. tokens: of both."""
         device = next(iter(self.weights.values())).device
-        return [sums_for(n, out, tokens, device), sums_for(n, out, tokens, device)]
+        return [sums_for(n, out, tokens, device), sums_for(n, out, -(-tokens // HELD_OUT), device)]
 
     def _refit_inputs(self, stage: int, group: list[str], dense: Dense, now: States, few: int) -> None:
         """Matrices that read the same input, so that on x' they give what they gave on x."""
@@ -250,6 +250,8 @@ class Walk:
             row += len(a)
             del a, target  # while the next batch runs, and the solves, they would be the largest of all
         del module
+        if few == len(dense.at) and stages.apart:
+            self._let_go(stages, stage)
         if fits:
             for part in sums:
                 part.total()
@@ -257,6 +259,13 @@ class Walk:
             self._refit(name, sums, whole=bridge)
         for b, a in enumerate(waiting.drain()):
             now[b] = now[b] + self._gives(name, a)
+
+    def _let_go(self, stages: Stages, stage: int) -> None:
+        """Of what was refitted in a stage that the dense stream is past, the dense weights; a live model keeps its own."""
+        for name in (n for group in stages.producers(stage) for n in group if n in self.whole):
+            self.weights[name] = self.whole[name]
+            if self.stream.weights is not None:
+                owner(self.block, name)._parameters[name.rpartition(".")[2]] = nn.Parameter(self.whole[name], False)
 
     def _fitted_to(
         self, stage: int, dense: Dense, now: States, b: int, module: nn.Module, *, same: bool, needed: bool, bridge: bool
