@@ -47,7 +47,7 @@ def estimate(
 ) -> Scores:
     """Score every unit of the given axes in every layer.
 
-    journal: where blocks that are done are noted, in passes that go forward, and from where they are gone on with.
+    journal: where blocks that are done are noted, and from where they are gone on with.
 
     axes: names of axes, and "layer". Hidden channels are scored by what all blocks together hold of them.
     depth: how far a criterion that searches over removals has to go. batches may be empty for a criterion
@@ -63,7 +63,7 @@ def estimate(
         raise UsageError(f"the criterion {criterion.name!r} needs calibration text of two tokens or more", where="calibration")
     scores = Scores(comparable=criterion.comparable)
     steps = ScoringSteps(journal, scores, stream)
-    if steps.first == stream.num_layers:
+    if steps.finished:
         return scores
     if criterion.needs == "rotation":
         scores.rotation = find_rotation(stream, batches, progress)
@@ -124,16 +124,16 @@ def _run(
     elif criterion.needs == "second-moments":
         stream.forward(batches, _second_moment_visitor(stream, axes, score, progress), start=steps.start, after=steps.done)
     elif criterion.needs == "second-moments-fisher":
-        _second_moments_with_fisher(stream, axes, batches, score, progress, power)
+        _second_moments_with_fisher(stream, axes, batches, score, progress, steps, power)
     else:
         squared = criterion.needs == "squared-gradients"
-        state = forward_with_loss(stream, batches)
+        state = forward_with_loss(stream, batches, steps.back, steps.went)
 
         def visit(i: int, block: nn.Module, found: WeightGradients) -> None:
             score(i, block, Stats(gradients=found.first, squared=found.squared))
             progress("gradients", stream.num_layers - i, stream.num_layers)
 
-        walk_back(stream, batches, state, visit, squared=squared)
+        walk_back(stream, batches, state, visit, squared=squared, went=steps.went)
 
 
 def _put(scores: Scores, axis: str, layer: int, value: Tensor, num_layers: int) -> None:
@@ -271,13 +271,14 @@ def _second_moments_with_fisher(
     batches: Sequence[Batch],
     score: Callable[[int, nn.Module, Stats], None],
     progress: Progress,
+    steps: ScoringSteps,
     power: dict[tuple[int, str], Tensor],
 ) -> None:
     """Inputs' second moments and outputs' gradients of each consumer, both gathered on the walk back.
 
     power: what `Scores` has of that name.
     """
-    state = forward_with_loss(stream, batches)
+    state = forward_with_loss(stream, batches, steps.back, steps.went)
     found: dict[str, Tensor] = {}
     moments: list[SecondMoments] = []
 
@@ -310,4 +311,4 @@ def _second_moments_with_fisher(
         score(i, block, Stats(second_moments=moments[0].means(), output_fisher=found))
         progress("second moments", stream.num_layers - i, stream.num_layers)
 
-    walk_back(stream, batches, state, visit, weights=False, around=around)
+    walk_back(stream, batches, state, visit, weights=False, around=around, went=steps.went)

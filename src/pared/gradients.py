@@ -20,19 +20,53 @@ from pared.spill import States
 from pared.stream import Stream
 
 
-@dataclass
 class Backward:
-    """Stored inputs of every block, and the gradient that reaches the last one: what a walk back starts from.
+    """A pass forth, which stores the inputs of every block, and back, from the gradient that reaches the last one.
 
-    gradients: of the loss summed over tokens (the mean's would underflow in half precision). loss: its mean.
-    last: for each block, its last matrix (local name) if that one's output is only added to what leaves the block.
+    inputs: of each block, where they are at hand; those of the others that are still wanted come from `read`.
+    gradients: at what leaves the last of the blocks that are `left`, of the loss summed over tokens (the mean's would
+    underflow in half precision), None before the way back. forward: how many blocks ran. loss: its mean, over `tokens`
+    of all processes. last: for each block, its last matrix (local name) if that one's output is only added to what leaves
+    the block.
     """
 
-    inputs: list[States]
-    gradients: States
-    loss: float
-    tokens: int
-    last: list[str | None]
+    def __init__(self, layers: int, read: Callable[[int], States] | None = None) -> None:
+        self.inputs: dict[int, States] = {}
+        self.gradients: States | None = None
+        self.forward, self.left = 0, layers
+        self.loss, self.tokens = 0.0, 0
+        self.last: list[str | None] = []
+        self._read = read
+
+    def waiting(self) -> range:
+        """Blocks whose inputs are still wanted, and are known: on the way forth the next one's are what enters it."""
+        return range(min(self.forward + 1, self.left) if self.gradients is None else self.left)
+
+    def take(self, i: int) -> States:
+        """Inputs of a block, which are given up."""
+        found = self.inputs.pop(i, None)
+        if found is None:
+            if self._read is None:
+                raise LookupError(f"the inputs of block {i} were given up")
+            found = self._read(i)
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """All but the tensors."""
+        return {n: getattr(self, n) for n in ("forward", "left", "loss", "tokens", "last")}
+
+    def restore(self, record: dict[str, Any], gradients: States | None) -> None:
+        """The reverse of `record`."""
+        for name, value in record.items():
+            setattr(self, name, value)
+        self.gradients = gradients
+
+
+Went = Callable[[Backward, str], None]
+
+
+def nowhere(state: Backward, step: str) -> None:
+    """Notes nothing."""
 
 
 def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
@@ -40,43 +74,55 @@ def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
 
-def forward_with_loss(stream: Stream, batches: Sequence[Batch], *, keep_inputs: bool = True) -> Backward:
-    """Forward over all batches; the loss is the mean over every predicted token of every batch."""
-    inputs: list[States] = []
-    last_matrices: list[str | None] = []
+def forward_with_loss(
+    stream: Stream, batches: Sequence[Batch], state: Backward | None = None, went: Went = nowhere
+) -> Backward:
+    """Forward over all batches; the loss is the mean over every predicted token of every batch.
+
+    state: how far an earlier one had come. went: is told of each block, and of the loss.
+    """
+    state = state or Backward(stream.num_layers)
+    if state.gradients is not None:
+        stream.embed(batches)  # it shows what the blocks are called with
+        return state
 
     def visit(i: int, block: nn.Module, hidden: States) -> States:
-        if not keep_inputs:
-            return stream.through(block, i, hidden)
-        inputs.append(hidden)
+        state.inputs[i] = hidden
         names = consumers_of(stream.layout, i, dict(block.named_parameters()))
         first = observe(stream, block, i, hidden[:1], list(names), [])
-        last_matrices.append(first.order[-1] if is_sum(first, hidden[0]) else None)
+        state.last.append(first.order[-1] if is_sum(first, hidden[0]) else None)
         return first.after + stream.through(block, i, hidden[1:], keep=True)
 
-    last = stream.forward(batches, visit)
-    tokens = int(total_of(sum(b.input_ids.shape[0] * (b.input_ids.shape[1] - 1) for b in batches)))
+    def after(i: int, hidden: States) -> None:
+        state.forward = i + 1
+        if state.forward < stream.num_layers:
+            state.inputs[state.forward] = hidden
+            went(state, "inputs of a block")
+
+    k = state.forward
+    last = stream.forward(batches, visit, start=(k, state.take(k)) if k else None, after=after)
+    state.tokens = int(total_of(sum(b.input_ids.shape[0] * (b.input_ids.shape[1] - 1) for b in batches)))
     gradients, total = stream.pool.store(), 0.0
     with stream.outside(front=False):
         for hidden, batch in zip(last.drain(), batches, strict=True):
             rows = []
             # One sequence at a time: the logits of a large vocabulary are the largest tensor of all.
             for row, ids in zip(hidden.split(1), batch.input_ids.to(hidden.device).split(1), strict=True):
-                leaf = row.detach().requires_grad_(keep_inputs)
-                with torch.set_grad_enabled(keep_inputs):
+                leaf = row.detach().requires_grad_(True)
+                with torch.enable_grad():
                     loss = next_token_loss(stream.logits(leaf), ids)
-                if keep_inputs:
-                    (grad,) = torch.autograd.grad(loss, leaf)
-                    rows.append(grad)
+                (grad,) = torch.autograd.grad(loss, leaf)
+                rows.append(grad)
                 total += float(loss.detach())
-            if rows:
-                gradients.append(torch.cat(rows))
+            gradients.append(torch.cat(rows))
     total = total_of(total)
     if not math.isfinite(total):
         raise ModelError(
             "the loss on the calibration text is not finite", fix="check the weights with pared verify, or try --dtype float32"
         )
-    return Backward(inputs, gradients, total / tokens, tokens, last_matrices)
+    state.gradients, state.loss = gradients, total / state.tokens
+    went(state, "loss")
+    return state
 
 
 @dataclass
@@ -97,15 +143,19 @@ def walk_back(
     weights: bool = True,
     squared: bool = False,
     around: Callable[[int, nn.Module], contextlib.AbstractContextManager[object]] | None = None,
+    went: Went = nowhere,
 ) -> None:
-    """From the last block to the first: recompute the block, send the gradient through it, show its weight gradients.
+    """From the last block that is left to the first: recompute it, send the gradient through it, show its weight gradients.
 
     squared wants one backward pass for each sequence. weights: False sends the gradient through without computing any
-    for the weights. around: a context in which a block runs forward and backward, to hang hooks in.
+    for the weights. around: a context in which a block runs forward and backward, to hang hooks in. went: is told of each
+    block.
     """
     sequences = int(total_of(sum(b.input_ids.shape[0] for b in batches)))
-    for i in reversed(range(stream.num_layers)):
-        inputs = state.inputs.pop()
+    gradients = state.gradients
+    assert gradients is not None
+    for i in reversed(range(state.left)):
+        inputs = state.take(i)
         with stream.block(i) as block:
             parameters = {n: p for n, p in block.named_parameters() if weights and p.is_floating_point()}
             before = {n: (p.requires_grad, p.grad) for n, p in parameters.items()}
@@ -115,8 +165,8 @@ def walk_back(
             found = WeightGradients()
             with _without_value(block, state.last[i]), around(i, block) if around else contextlib.nullcontext():
                 for b, hidden in enumerate(inputs.drain()):
-                    state.gradients[b] = _through_block(
-                        stream, block, i, hidden, state, b, parameters, found, squared, sequences
+                    gradients[b] = _through_block(
+                        stream, block, i, hidden, gradients[b], state.tokens, parameters, found, squared, sequences
                     )
             for n, p in parameters.items():
                 flag, p.grad = before[n]
@@ -126,6 +176,9 @@ def walk_back(
                 total_by_name(found.squared, parameters)
             with torch.no_grad():
                 visit(i, block, found)
+        state.left = i
+        if i:
+            went(state, "scores of a block")
 
 
 class _LinearWithoutValue(torch.autograd.Function):
@@ -168,16 +221,16 @@ def _through_block(
     block: nn.Module,
     i: int,
     hidden: Tensor,
-    state: Backward,
-    b: int,
+    gradient: Tensor,
+    tokens: int,
     parameters: dict[str, nn.Parameter],
     found: WeightGradients,
     squared: bool,
     sequences: int,
 ) -> Tensor:
-    """The gradient at a block's input from that at its output, for batch b; weight gradients are added to `found`."""
+    """The gradient at a block's input from that at its output, for one batch; weight gradients are added to `found`."""
     parts = hidden.split(1) if squared else (hidden,)
-    grads = state.gradients[b].split(1) if squared else (state.gradients[b],)
+    grads = gradient.split(1) if squared else (gradient,)
     through = []
     names = {p: n for n, p in parameters.items()}
     for part, upstream in zip(parts, grads, strict=True):
@@ -190,7 +243,7 @@ def _through_block(
             assert g is not None
             if squared:
                 _accumulate(found.squared, names[p], (g.float() / own).square_().div_(sequences))
-            _accumulate(found.first, names[p], g.float().div_(state.tokens))
+            _accumulate(found.first, names[p], g.float().div_(tokens))
 
         handles = [p.register_post_accumulate_grad_hook(take) for p in parameters.values()]
         try:

@@ -7,8 +7,11 @@ one rename; what a kill leaves half written is not looked at again.
 from __future__ import annotations
 
 import contextlib
+import copy
+import glob
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -31,8 +34,11 @@ FOLDER = ".pared-run"
 STEPS = (
     "claimed",
     "calibrated",
+    "inputs of a block",
+    "loss",
     "scores of a block",
     "scored",
+    "iterated",
     "searched",
     "planned",
     "outside",
@@ -44,6 +50,8 @@ STEPS = (
 FAULT, REACHED, EVERY = "PARED_FAULT", "PARED_STEPS_REACHED", "PARED_EVERY_STEP"
 # A step within a stage is made durable when it would cost at most this share of the time since the last one.
 SHARE = 0.1
+# Fewer bytes than this take as long to write: the disk is mostly waited for.
+FEW = 16 << 20
 
 _counts: dict[str, int] = {}
 _stop: list[int] = []  # the signal that asked to stop
@@ -94,8 +102,9 @@ class Journal:
     def __init__(self, folder: Path, key: Mapping[str, Any], *, restart: bool = False) -> None:
         """Open the journal in a claimed output, or begin one. UsageError where another run's is there: with the difference."""
         self.folder = folder / FOLDER
+        self._prefix = ""
         self._saved = time.monotonic()
-        self._cost = 0.0
+        self._cost, self._size = 0.0, 0
         key = json.loads(json.dumps(key))
         there = self.read("key")
         if there is not None and not restart and (odd := _differences(there, key)):
@@ -122,22 +131,29 @@ class Journal:
     def read(self, name: str) -> Any:
         """A record, None where there is none."""
         try:
-            return json.loads((self.folder / f"{name}.json").read_bytes())
+            return json.loads(self._path(f"{name}.json").read_bytes())
         except FileNotFoundError:
             return None
 
     def write(self, name: str, record: Any) -> None:
         """Put a record in the place of the one of that name, durably: all of it or none."""
-        write_whole(self.folder / f"{name}.json", json.dumps(record))
+        write_whole(self._path(f"{name}.json"), json.dumps(record))
+
+    def within(self, part: str) -> Journal:
+        """The journal of one part of the run: records and tensors under names of its own."""
+        other = copy.copy(self)
+        other._prefix, other._saved, other._cost = f"{self._prefix}{part}.", time.monotonic(), 0.0
+        return other
+
+    def forget(self) -> None:
+        """Remove everything of this part."""
+        for path in sorted(self.folder.glob(f"{glob.escape(self._prefix)}*"), key=lambda p: p.suffix != ".json"):
+            path.unlink()  # records first: without them the rest means nothing
 
     def write_tensors(self, name: str, tensors: Mapping[str, Sequence[Tensor]]) -> None:
         """Lists of tensors by name, durably, one tensor in memory at a time."""
-        infos = [
-            TensorInfo(f"{key}.{k:06d}", "", DTYPE_NAMES[t.dtype], tuple(t.shape), t.numel() * t.element_size())
-            for key, values in tensors.items()
-            for k, t in enumerate(shapes_of(values))
-        ]
-        path = self.folder / f"{name}.tensors"
+        infos = _infos(tensors)
+        path = self._path(f"{name}.tensors")
         with path.open("wb") as stream:
             stream.write(make_header(infos))
             for values in tensors.values():
@@ -146,38 +162,81 @@ class Journal:
             sync(stream)
         sync_folder(self.folder)
 
-    def read_tensors(self, name: str, pool: Pool | None = None) -> dict[str, States]:
-        """What `write_tensors` wrote, by name, in a pool."""
-        path = self.folder / f"{name}.tensors"
+    def read_tensors(self, name: str, pool: Pool | None = None, device: torch.device | str | None = None) -> dict[str, States]:
+        """What `write_tensors` wrote, by name, in a pool. device: where it goes on being worked with."""
+        path = self._path(f"{name}.tensors")
         pool = pool or Pool()
         out: dict[str, States] = {}
         for full, info in sorted(read_header(path, path.name).items()):
-            out.setdefault(full.rpartition(".")[0], pool.store()).append(read_tensor(path, info))
+            out.setdefault(full.rpartition(".")[0], pool.store()).append(read_tensor(path, info).to(device))
         return out
 
     def checkpoint(
-        self, stage: str, step: str, at: int, record: Any, tensors: Mapping[str, Sequence[Tensor]], *, last: bool = False
+        self,
+        stage: str,
+        step: str,
+        at: int,
+        record: Any,
+        tensors: Mapping[str, Sequence[Tensor]],
+        *,
+        parts: Mapping[str, Sequence[Tensor] | None] | None = None,
+        last: bool = False,
     ) -> bool:
-        """A stage has come so far. Made durable where the time since the last one warrants it; returns whether it was."""
-        since = time.monotonic() - self._saved
-        if not (last or _stop or os.environ.get(EVERY) or since * SHARE >= self._cost):
+        """A stage has come so far. Made durable where the time since the last one warrants it; returns whether it was.
+
+        parts: what does not change any more and is written once, by name, for as long as it is among them. None: it was
+        among them before, in this run or the one that it goes on from.
+        """
+        parts = parts or {}
+        known = (self.read(stage) or {}).get("parts", []) if parts else []
+        new = {name: values for name, values in parts.items() if name not in known and values is not None}
+        if lost := [name for name, values in parts.items() if values is None and name not in known]:
+            raise ValueError(f"the journal does not hold {', '.join(lost)} of {stage}")
+        size = sum(t.nbytes for values in (tensors, *({n: v} for n, v in new.items())) for t in _infos(values))
+        if not (last or _stop or os.environ.get(EVERY) or self._worth(size)):
             return False
         started = time.monotonic()
         before = self.read(stage)
+        for part, values in new.items():
+            self.write_tensors(f"{stage}-{part}", {part: values})
         name = f"{stage}-{at}"
         self.write_tensors(name, tensors)
-        self.write(stage, {"at": at, "tensors": name, "record": record() if callable(record) else record})
-        if before is not None and before["tensors"] != name:
-            (self.folder / f"{before['tensors']}.tensors").unlink(missing_ok=True)
+        what = record() if callable(record) else record
+        self.write(stage, {"at": at, "tensors": name, "parts": [*parts], "record": what})
+        gone = {before["tensors"], *(f"{stage}-{part}" for part in before["parts"])} if before is not None else set()
+        for old in gone - {name, *(f"{stage}-{part}" for part in parts)}:
+            self._path(f"{old}.tensors").unlink(missing_ok=True)
         self._saved = time.monotonic()
-        self._cost = self._saved - started
+        self._cost, self._size = self._saved - started, size
         reached(step)
         return True
 
-    def last(self, stage: str, pool: Pool | None = None) -> tuple[int, Any, dict[str, States]] | None:
+    def _worth(self, size: int) -> bool:
+        """Whether the time since the last checkpoint is enough for one of so many bytes, and the disk has room for two."""
+        cost = self._cost * max(FEW, size) / max(FEW, self._size)
+        return (time.monotonic() - self._saved) * SHARE >= cost and 2 * size <= shutil.disk_usage(self.folder).free
+
+    def last(
+        self, stage: str, pool: Pool | None = None, device: torch.device | str | None = None
+    ) -> tuple[int, Any, dict[str, States]] | None:
         """How far a stage had come: what was given to its last durable checkpoint. None where it has not begun."""
         found = self.read(stage)
-        return None if found is None else (found["at"], found["record"], self.read_tensors(found["tensors"], pool))
+        return None if found is None else (found["at"], found["record"], self.read_tensors(found["tensors"], pool, device))
+
+    def part(self, stage: str, name: str, pool: Pool | None = None, device: torch.device | str | None = None) -> States:
+        """One of the parts of a stage's last checkpoint."""
+        return self.read_tensors(f"{stage}-{name}", pool, device)[name]
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{self._prefix}{name}"
+
+
+def _infos(tensors: Mapping[str, Sequence[Tensor]]) -> list[TensorInfo]:
+    return [
+        TensorInfo(f"{key}.{k:06d}", "", DTYPE_NAMES[t.dtype], tuple(t.shape), t.numel() * t.element_size())
+        for key, values in tensors.items()
+        for k, t in enumerate(shapes_of(values))
+    ]
 
 
 def shapes_of(values: Sequence[Tensor]) -> Iterable[Tensor]:

@@ -61,9 +61,9 @@ def plan_pruning(
     mine = together(rows, means.resources.batch)
     every = calibration.batches(means.resources.batch) if calibration else []
 
-    journal = means.journal if recipe.iterative_steps == 1 and size() == 1 else None
+    noted = means.journal if size() == 1 else None
 
-    def decide(now: Source, share: float) -> tuple[Plan, Scores]:
+    def decide(now: Source, share: float, journal: Journal | None) -> tuple[Plan, Scores]:
         stream = means.stream(now, recipe)
         budget = budget_of(now, recipe, axes, share)
         budget.vocab = whole.vocab
@@ -108,23 +108,28 @@ def plan_pruning(
         return made.model_copy(update={"provenance": said, "rotated": scores.rotation is not None}), scores
 
     if recipe.iterative_steps == 1:
-        single, scores = decide(source, recipe.share)
+        single, scores = decide(source, recipe.share, noted)
         return with_vocabulary(single, vocabulary, whole), scores
 
     # In steps: each removes an equal part of the whole amount from what the one before left.
-    plan: Plan | None = None
+    found = noted.read("iterated") if noted is not None else None
+    plan = Plan.model_validate(found["plan"]) if found is not None else None
     scores = Scores()
     dense = source.resident(compute_dtype(recipe), recipe.device)
-    now = Source.open(dense, source.tokenizer)
     total = whole.before.amount(recipe.of)
-    for step in range(1, recipe.iterative_steps + 1):
+    for step in range(found["step"] + 1 if found is not None else 1, recipe.iterative_steps + 1):
         left = (plan.after if plan else whole.before).amount(recipe.of)
         share = (recipe.share * step / recipe.iterative_steps * total - (total - left)) / left
         if share <= 0:
             continue
-        part, scores = decide(now, share)
+        now = Source.open(dense if plan is None else cut_model(dense, source.layout, plan), source.tokenizer)
+        journal = noted.within(f"step {step}") if noted is not None else None
+        part, scores = decide(now, share, journal)
         plan = part if plan is None else compose(plan, part, source.layout, now.layout)
-        now = Source.open(cut_model(dense, source.layout, plan), source.tokenizer)
+        if noted is not None and journal is not None and step < recipe.iterative_steps:
+            noted.write("iterated", {"step": step, "plan": plan.model_dump(mode="json")})
+            journal.forget()
+            reached("iterated")
     if plan is None:
         raise UsageError("the first step removed everything asked for", fix="use fewer --iterative-steps")
     return recount(

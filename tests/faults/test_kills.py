@@ -17,7 +17,7 @@ from command import pared
 from pared.journal import EVERY, FAULT, STEPS
 from written import SRC, content
 
-# Criteria that score on the way forward, on the way back and not at all; sizes searched; blocks refitted and merely cut.
+# Criteria that score on the way forward, on the way back, in steps and not at all; sizes searched; blocks refitted and merely cut.
 RUNS = {
     "walk": ["--structures", "ffn", "--remove", "0.3"],
     "forward": ["--structures", "ffn", "--remove", "0.3", "--criterion", "wanda_sp", "--compensate", "refit"],
@@ -25,7 +25,19 @@ RUNS = {
     "removals": ["--structures", "attention,mlp", "--shape", "per-layer", "--remove", "0.5", "--criterion", "perplexity"],
     "rotation": ["--structures", "hidden", "--criterion", "rotation", "--remove", "0.3"],
     "search": ["--structures", "ffn", "--remove", "0.3", "--shape", "per-layer", "--search-steps", "2"],
-    "back": ["--structures", "layer", "--remove", "0.3", "--criterion", "taylor"],
+    "back": [
+        "--structures",
+        "ffn",
+        "--shape",
+        "per-layer",
+        "--allocate",
+        "global",
+        "--remove",
+        "0.3",
+        "--criterion",
+        "obs-fisher",
+    ],
+    "steps": ["--structures", "hidden", "--remove", "0.3", "--criterion", "l2", "--iterative-steps", "2"],
 }
 
 
