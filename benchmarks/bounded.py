@@ -7,12 +7,14 @@
 
 Each row is one `pared prune --remove 0.2 --max-memory ...`, a process of its own with one thread, whose resident memory
 is read from /proc five times a second; bytes read and written are what it asked the system for (rchar and wchar in
-/proc/PID/io), those of the source alone stand beside them. Calibration: windows of the documentation's text. A row that
-was measured stays in FILE.json, with a note where one was added, and is not measured again; FILE.svg shows memory over time.
+/proc/PID/io), those of the source alone stand beside them. Calibration: windows of the documentation's text. What was
+predicted: memory and bytes by the run itself before it began, CPU time by `pared prune --dry-run` of the config alone just
+before. A row that was measured stays in FILE.json, with a note where one was added, and is not measured again; FILE.svg
+shows memory over time.
 
 --growth: how peak memory and CPU time of first-order Taylor scores grow, from a Llama of 4 layers, hidden size 1024, FFN
 3072, on 8 x 64 tokens, one of these at a time; memory is the peak less that of a process that only imports the
-libraries. The last row is the default method in two processes against one. --paper: what `pared prune --dry-run`
+libraries. Predictions are made as for the rows above. The last row is the default method in two processes against one. --paper: what `pared prune --dry-run`
 predicts for models that are not at hand, with 128 x 2048 tokens, on the hardware that the table names.
 """
 
@@ -98,6 +100,17 @@ def prune(model: Path, out: Path, flags: tuple[str, ...], *, memory: str | None,
     return found
 
 
+def foreseen(model: Path, flags: tuple[str, ...], *, memory: str | None, text: Path) -> float:
+    """CPU seconds that a dry run says such a run would take: of the config alone, on this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(model / "config.json", folder)
+        command = [sys.executable, "-m", "pared", "prune", folder, "--dry-run", "--remove", "0.2", *flags]
+        command += ["--calibration", str(text), *(("--max-memory", memory) if memory else ()), "--format", "json"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return 3600 * float(json.loads(done.stdout)["predicted"]["hours"])
+
+
 def plot(rows: dict[str, dict[str, Any]], limit: float, path: Path) -> None:
     """Resident memory over time, one line for each row, as an SVG."""
     width, height, left, bottom = 760, 300, 60, 40
@@ -129,6 +142,7 @@ def bounded(args: argparse.Namespace) -> None:
     store = args.out.with_suffix(".json")
     rows = json.loads(store.read_text()) if store.exists() else {}
     size = sum(f.stat().st_size for f in args.model.glob("*.safetensors"))
+    layers = json.loads((args.model / "config.json").read_text())["num_hidden_layers"]
     for name in args.rows.split(","):
         if name in rows:
             continue
@@ -136,26 +150,32 @@ def bounded(args: argparse.Namespace) -> None:
             place = Path(args.keep or folder)
             place.mkdir(parents=True, exist_ok=True)
             text, out = text_file(place), place / f"out-{name}"
+            seconds = foreseen(args.model, ROWS[name][1], memory=args.max_memory, text=text)
             found = prune(args.model, out, ROWS[name][1], memory=args.max_memory, text=text, spill=Path(folder))
             report = found.pop("report")
             rows[name] = {**found, "limit": args.max_memory, "removed": report["removed"], "resources": report.get("resources")}
+            rows[name] |= {"weights": size, "layers": layers, "foreseen": seconds}
             shutil.rmtree(out)
         store.write_text(json.dumps(rows, indent=1) + "\n")
     lines = [
-        "| method | peak memory, GiB | predicted | of the weights | CPU minutes | read / weights | source read / weights | predicted | written / weights |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| method | layers | peak memory, GiB | predicted | of the weights | CPU minutes | predicted | read / weights | source read / weights | predicted | written / weights |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, r in rows.items():
-        said = r["resources"]
+        said, size = r["resources"], r["weights"]
+        minutes = f"{r['foreseen'] / 60:.1f}" if "foreseen" in r else "—"
         lines.append(
-            f"| {ROWS[name][0]} | {r['peak'] / _GIB:.2f} | {said['predicted_peak'] / _GIB:.2f} | {r['peak'] / size:.2f} "
-            f"| {r['cpu'] / 60:.1f} | {r['read'] / size:.2f} | {said['source_read'] / size:.2f} "
-            f"| {said['predicted_read'] / size:.2f} | {r['written'] / size:.2f} |"
+            f"| {ROWS[name][0]} | {r['layers']} | {r['peak'] / _GIB:.2f} | {said['predicted_peak'] / _GIB:.2f} "
+            f"| {r['peak'] / size:.2f} | {r['cpu'] / 60:.1f} | {minutes} | {r['read'] / size:.2f} "
+            f"| {said['source_read'] / size:.2f} | {said['predicted_read'] / size:.2f} | {r['written'] / size:.2f} |"
         )
     limit = max(_bytes(r["limit"]) for r in rows.values())
     plot(rows, limit, args.out.with_suffix(".svg"))
     about = (__doc__ or "").split("\n\n")[2].strip()
-    text = f"# A model larger than the memory\n\n{about}\n\nWeights: {size / 1e9:.2f} GB. The bound: {args.max_memory}.\n\n"
+    sizes = ", ".join(
+        f"{w / 1e9:.2f} GB with {n} layers" for n, w in sorted({(r["layers"], r["weights"]) for r in rows.values()})
+    )
+    text = f"# {args.title}\n\n{about}\n\nWeights: {sizes}. The bound: {args.max_memory}.\n\n"
     notes = "".join(f"\n\n{ROWS[name][0]}: {r['note']}" for name, r in rows.items() if "note" in r)
     args.out.write_text(text + "\n".join(lines) + notes + f"\n\n![memory over time]({args.out.with_suffix('.svg').name})\n")
 
@@ -182,7 +202,8 @@ GROWTH: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 
 def growth(args: argparse.Namespace) -> None:
     """Peak memory and CPU time against layers, hidden size, samples and sequence length; two processes against one."""
-    lines = ["| run | weights, GB | peak memory, MiB | predicted, MiB | CPU seconds |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| run | weights, GB | peak memory, MiB | predicted, MiB | CPU seconds | predicted |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = text_file(folder)
@@ -192,25 +213,26 @@ def growth(args: argparse.Namespace) -> None:
             flags = ["--criterion", "taylor", "--compensate", "none", "--structures", "ffn", "--batch", "4"]
             flags += ["--samples", str(sizes.get("samples", 8)), "--seq-len", str(sizes.get("seq-len", 64))]
             bound = "0.65GiB" if "bound" in sizes else "8GiB"
+            seconds = foreseen(folder / "model", tuple(flags), memory=bound, text=text)
             found = prune(folder / "model", folder / "out", tuple(flags), memory=bound, text=text, spill=folder)
-            foreseen = found["report"]["resources"]["predicted_peak"]
+            peak = found["report"]["resources"]["predicted_peak"]
             lines.append(
                 f"| {label} | {size / 1e9:.2f} | {(found['peak'] - imports) / 2**20:.0f} | "
-                f"{(foreseen - imports) / 2**20:.0f} | {found['cpu']:.1f} |"
+                f"{(peak - imports) / 2**20:.0f} | {found['cpu']:.1f} | {seconds:.1f} |"
             )
             shutil.rmtree(folder / "model")
             shutil.rmtree(folder / "out")
         write_checkpoint(folder / "model", SMALL)
-        seconds = []
+        walls = []
         for processes in (1, 2):
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
             command = [sys.executable, *launcher, "-m", "pared", "prune", str(folder / "model"), "-o", str(folder / "out")]
             command += ["--remove", "0.2", "--samples", "32", "--seq-len", "128", "--batch", "4", "--criterion", "taylor"]
             command += ["--compensate", "none", "--structures", "ffn", "--calibration", str(text)]
-            seconds.append(watch(command, folder / "log")["seconds"])
+            walls.append(watch(command, folder / "log")["seconds"])
             shutil.rmtree(folder / "out")
     about = f"{(__doc__ or '').split(chr(10) * 2)[3].strip()}"
-    last = f"Taylor scores of 32 x 128 tokens: {seconds[0]:.0f} s in one process, {seconds[1]:.0f} s in two."
+    last = f"Taylor scores of 32 x 128 tokens: {walls[0]:.0f} s in one process, {walls[1]:.0f} s in two."
     args.out.write_text(f"# How memory and time grow\n\n{about}\n\n" + "\n".join(lines) + f"\n\n{last}\n")
 
 
@@ -222,7 +244,8 @@ HARDWARE = {
 
 def paper(args: argparse.Namespace) -> None:
     """Predictions for models of which there is no more than the config."""
-    from pared.predict import Hardware, predict
+    from pared.hardware import Hardware
+    from pared.predict import predict
 
     lines = [
         "| model | method | hardware | least memory, GiB | peak, GiB | spill, GB | read / weights | operations | fp64 | hours |",
@@ -259,6 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--title", default="A model larger than the memory")
     parser.add_argument("--rows", default="magnitude,taylor")
     parser.add_argument("--max-memory", default="4GiB")
     parser.add_argument("--keep", type=Path, help="where outputs grow, so that a run that was killed goes on")

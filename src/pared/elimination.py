@@ -23,8 +23,8 @@ from pared.moments import Moments2
 Sums = Moments2 | FewRows
 # All units of one column would go in this many rounds; between two of them costs are taken as they are.
 ROUNDS = 128
-# Rows of V whose squares are there at once.
-STRIP = 256
+# Rows of V whose squares are there at once, in memory that is taken once: to take it anew costs more than to square them.
+STRIP = 64
 
 
 def sums_for(n: int, out: int, tokens: int, device: torch.device | str = "cpu") -> Sums:
@@ -84,8 +84,9 @@ class Elimination:
         if at.shape[1] == 1:
             at = at[:, 0]
             power = torch.zeros(self.v.shape[1], dtype=torch.float64, device=self.v.device)
+            square = torch.empty_like(self.v[:STRIP])
             for rows in self.v.split(STRIP):
-                power += rows.square().sum(0)
+                power += torch.mul(rows, rows, out=square[: len(rows)]).sum(0)
             return power[at] / self.h.diagonal()[at].clamp(min=1e-300)
         part = self.h.squares(at)
         v = self.v[:, at].permute(1, 2, 0).double()  # [units, columns, out]

@@ -21,6 +21,8 @@ from pared.spill import Pool
 TOKENS = 1024
 # Below this a block is read sooner than a thread is woken.
 _WORTH_AHEAD = 16 << 20
+# Operations of a thread for each byte that is read, above which reading is a twentieth of the work at most.
+_BUSY = 1500
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def choose(
     """
     on_device = torch.device(device).type != "cpu"
     bound = limits.device_memory if on_device else limits.memory
-    block = max(s.block for s in need.stages)
+    worth = on_device or need.flops + need.solves < _BUSY * torch.get_num_threads() * need.read
+    block = max(s.block for s in need.stages) if worth else 0
     if bound is None:
         rooms: tuple[int | None, int | None] = (limits.memory and limits.memory - need.base, None)
         where = limits.spill or beside if limits.memory is not None else None

@@ -31,6 +31,10 @@ class _Known:
     def _held_out(self) -> int:
         return -(-self.tokens // HELD_OUT)
 
+    @property
+    def _fitted(self) -> int:
+        return self.tokens - self._held_out if self.tokens >= HELD_OUT else self.tokens
+
     def _sums(self, n: float, out: float) -> float:
         return 4 * (n * (n + STRIP) / 2 + n * out)
 
@@ -50,10 +54,14 @@ class _Known:
 
 @dataclass(frozen=True)
 class Consumer(_Known):
-    """A matrix [out, n] back into the residual stream, refitted on so many tokens, of whose inputs the share `keep` stays."""
+    """A matrix [out, n] back into the residual stream, refitted on so many tokens, of whose inputs the share `keep` stays.
+
+    units: how many of its inputs' channels go together, in groups; 0 where each goes alone.
+    """
 
     out: int = 0
     keep: float = 1.0
+    units: int = 0
 
     @property
     def _left(self) -> float:
@@ -103,41 +111,58 @@ class Consumer(_Known):
             last = 8 * (k * k + k * out + 2 * STRIP * k) + 4 * k * out
         return int(max(self.selected, known + tried, known + last, known + 8 * k * out + 2 * 4 * k * out))
 
-    @property
-    def elimination_flops(self) -> float:
-        """Operations until the share that goes is gone, float64."""
-        n, gone, t = self.n, (1 - self.keep) * self.n, self.tokens
+    def elimination(self, gone: float, rounds: int) -> float:
+        """Operations until a share is gone, all of which would go in so many rounds, float64."""
+        n, t = self.n, self._fitted
+        rounds = self.units or rounds
+        looked = 2.0 * gone * n * n * self.out if self.units else 0.0  # a system for each that is left, in each round
         if self.few and are_eliminated(t, n):
-            return 2.0 * t * t * n + (1 - self.keep) * ROUNDS * t * t * n + 2.0 * gone * n * t
-        inverse = 3.0 * t * t * n + t**3 / 3 + t * n * n if self.few else 1.0 * n**3
-        return inverse + 2.0 * n * n * gone
+            return looked + 2.0 * t * t * n + gone * (rounds * t * t * n + 2.0 * n * n * t)
+        made = 3.0 * t * t * n + t**3 / 3 + t * n * n if self.few else 0.0
+        return looked + made + 2.0 * gone * n**3
+
+    @property
+    def inverted(self) -> float:
+        """Operations of a factor and an inverse of all columns, float64."""
+        return 0.0 if self.few else 1.0 * self.n**3
+
+    def moving(self, gone: float) -> float:
+        """Operations that move the weights after what goes, float32."""
+        return 2.0 * gone * self.n**2 * self.out
+
+    def touched(self, gone: float, rounds: int) -> float:
+        """Bytes that elementwise work reads and writes meanwhile: each round looks at all weights and at the inverse."""
+        n, t = self.n, self.tokens
+        if self.units:
+            return gone * self.units * 8.0 * 4 * n * self.out
+        return gone * rounds * (4.0 * n * self.out + (8.0 * 2 * t * n if self.few and are_eliminated(t, n) else 0.0))
 
     @property
     def _regressed(self) -> float:
         """Operations of the weights that elimination begins with, float64."""
         n, out = self.n, self.out
-        return self._between(n) if self.few else 2.0 * out * n * n
+        return self._between(n, self._fitted) if self.few else 2.0 * out * n * n
 
-    def _between(self, n: float) -> float:
-        """Operations of one solve between tokens."""
-        out, t = self.out, self.tokens
+    def _between(self, n: float, t: int) -> float:
+        """Operations of one solve between so many tokens."""
+        out = self.out
         return 2.0 * t * t * n + t**3 / 3 + 4.0 * t * n * out + 2.0 * t * t * out
 
     @property
     def solves(self) -> float:
-        """Operations in float64."""
+        """Operations in float64, but for the inverse."""
         k, out = self._left, self.out
-        last = self._between(k) if self.few else k**3 / 3 + 2.0 * out * k * k
-        return self.elimination_flops + self._regressed + last
+        last = self._between(k, self.tokens) if self.few else k**3 / 3 + 2.0 * out * k * k
+        return self.elimination(1 - self.keep, ROUNDS) + self._regressed + last
 
     @property
     def flops(self) -> float:
         """Operations in float32."""
         n, k, out, t = self.n, self._left, self.out, self.tokens
-        moving = 2.0 * n * out * (n - k)
+        moving = self.moving(1 - self.keep)
         judged = TRIED * self._judging(k, out)
         if self.few:
-            return moving + judged + 2.0 * t * out * n + TRIED * self._between(k)
+            return moving + judged + 2.0 * t * out * n + TRIED * self._between(k, self._fitted)
         return moving + judged + t * n * (n + 2.0 * out) + 2.0 * out * n * n + TRIED * (k**3 / 3 + 2.0 * out * k * k)
 
 
@@ -164,13 +189,13 @@ class Moved(_Known):
 
     @property
     def solves(self) -> float:
-        """Operations in float64."""
+        """Operations in float64, of two such groups."""
         h, t = self.n, self.tokens
         return 2 * (4.0 * t * t * h + t**3 / 3 if self.few else h**3 / 3 + 2.0 * h**3)
 
     @property
     def flops(self) -> float:
-        """Operations in float32; a block has two such groups."""
+        """Operations in float32, of two such groups."""
         h, t = self.n, self.tokens
         if self.few:
             held = self._held_out

@@ -35,6 +35,14 @@ SCRAMBLED = 2
 FEW = 128
 
 
+def split_rows(n: int) -> tuple[int, int, int, int]:
+    """Of so many sequences of calibration: how many trials as the walk are fitted to and judged on, and how many uniform
+    shapes are measured and compared on; with those that `with_scrambled` adds."""
+    few, many = max(1, min(n // 2, max(8, n // 16))), max(1, min(n // 4, max(8, n // 8)))
+    brief = max(1, min(many, n // 8))
+    return few, many + many // SCRAMBLED, max(1, n // 8), brief + brief // SCRAMBLED
+
+
 class Judges:
     """Two ways to say how far shapes are from the dense model, in nats of KL per token, on sequences of the calibration.
 
@@ -177,8 +185,8 @@ def _through(
                 moved = walk.follow(seen, before[:] if on[k] else None)
                 after.append(after[0] if moved is None else moved)
             else:
-                module = here.module(stream, block, dict(key))
-                after.append(stream.through(module, i, before, keep=True))
+                # No name for the module: it would be there still while the next one is made.
+                after.append(stream.through(here.module(stream, block, dict(key)), i, before, keep=True))
         now[k] = steps[step]
     return after, now
 

@@ -99,15 +99,15 @@ def _foresee(
     format: Format,
 ) -> dict[str, Any] | None:
     """What the run would take; shown at once, before any weights are read."""
-    from pared.predict import Hardware, predict
-    from pared.process import resident_bytes
+    from pared.hardware import Hardware
+    from pared.predict import predict
     from pared.report.console import err, show
     from pared.report.tables import prediction
     from pared.resources import Limits
 
     stated = Hardware.parse(hardware) if hardware is not None else None
     limits = Limits.parse(max_memory, max_gpu_memory, spill)
-    found = predict(model, base=base, limits=limits, hardware=stated, resident=resident_bytes(), **settings)
+    found = predict(model, base=base, limits=limits, hardware=stated, cold=True, **settings)
     if found is not None and format is Format.text:
         show(err(), prediction(found))
     return found
