@@ -45,6 +45,7 @@ METHODS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "Wanda-sp": ({"criterion": "wanda_sp", "compensate": "none"}, BOTH),
     "FLAP's metric": ({"criterion": "flap", "compensate": "none"}, BOTH),
     "LLM-Pruner's recipe": ({"recipe": "llm-pruner"}, ("per-layer",)),
+    "FLAP's recipe": ({"recipe": "flap"}, ("per-layer",)),
     "ShortGPT's layers": ({"criterion": "block_influence", "structures": ("layer",), "compensate": "none"}, BOTH[:1]),
     "layers by influence + bridge": ({"criterion": "block_influence", "structures": ("layer",)}, BOTH[:1]),
     "layers by angle + bridge": ({"criterion": "angular", "structures": ("layer",)}, BOTH[:1]),
@@ -64,8 +65,10 @@ METHODS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "Taylor + our refit": ({"criterion": "taylor", "compensate": "sequential"}, BOTH),
     "Taylor, second order + our refit": ({"criterion": "taylor-second", "compensate": "sequential"}, BOTH),
     "Fisher-OBS ranked + our refit": ({"criterion": "obs-fisher", "allocate": "global"}, BOTH[1:]),
+    "Fisher-OBS ranked + our refit with biases": ({"criterion": "obs-fisher", "add_bias": True, **RANKED}, BOTH[1:]),
     "pared quick": ({"effort": "quick"}, BOTH),
     "pared default": ({}, BOTH),
+    "pared default with biases": ({"add_bias": True}, BOTH),
     "pared default with layers": ({"structures": ("layer", "kv", "query", "ffn")}, BOTH[:1]),
     "pared max": ({"effort": "max"}, BOTH),
 }
@@ -176,7 +179,8 @@ class Bench:
             layers = self.source.layout.num_layers
             base = load_recipe(str(recipe))
             samples, length = base["samples"], base["seq_len"]
-            base |= {"keep_first": max(1, layers * 4 // 32), "keep_last": max(1, layers * 2 // 32)}
+            if "keep_first" in base:
+                base |= {"keep_first": max(1, layers * 4 // 32), "keep_last": max(1, layers * 2 // 32)}
         pruned = pared.prune(
             pared.load(self.args.model, dtype=torch.float32),
             tokenizer=self.tokenizer,

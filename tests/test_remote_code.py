@@ -25,7 +25,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "gpt_neox": ("hidden",),
     "bloom": ("kv", "ffn"),
     "qwen3": ("attention", "mlp", "ffn"),
+    "mistral": ("kv", "ffn"),
 }
+# Biases that the family does not have.
+SETTINGS: dict[str, dict[str, Any]] = {"mistral": {"compensate": "bias"}, "mixtral": {"remove": 0.03}}
 
 CHILD = """
 import sys
@@ -65,9 +68,8 @@ def test_stock_transformers_builds_it_from_the_file_it_carries(tmp_path: Path) -
     for family, structures in CASES.items():
         folder = tmp_path / family
         source = tiny.save(tiny.model(family), folder / "dense")
-        tiny.cut(
-            source, out=folder / "out", structures=structures, shape="per-layer", remove=0.03 if family == "mixtral" else 0.3
-        )
+        settings = {"remove": 0.3, **SETTINGS.get(family, {})}
+        tiny.cut(source, out=folder / "out", structures=structures, shape="per-layer", **settings)
         assert split(pared.load(folder / "out").config.to_dict())[1], "the layers of this result are all alike"
         model = pared.load(folder / "out")
         ids = tiny.tokens(2, 8)

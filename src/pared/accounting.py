@@ -41,7 +41,8 @@ def account(
 ) -> Account:
     """Count a model as it is, or as it would be.
 
-    layers: for each layer of the result (source layer, axis sizes that differ from the source's); None: as it is.
+    layers: for each layer of the result (source layer, axis sizes that differ from the source's); None: as it is, without
+    what is added to it.
     hidden, vocab: other numbers of hidden channels and of tokens. experts_used: experts that each token visits.
     """
     changed = {a: n for a, n in (("hidden", hidden), ("vocab", vocab)) if n is not None}
@@ -55,7 +56,9 @@ def account(
     block_params = flops = cache = 0
     for source, own in chosen:
         sizes = {**layout.sizes_at(source), **own, **changed}
-        p, f = block_count(layout, source, sizes, context=context, experts_used=experts_used)
+        names = layout.block_tensors(source)
+        names = names if layers is not None else [n for n in names if n not in layout.added]
+        p, f = block_count(layout, source, sizes, context=context, experts_used=experts_used, names=names)
         block_params, flops, cache = block_params + p, flops + f, cache + cache_entries(layout, source, sizes)
     return Account(
         params=params + block_params,

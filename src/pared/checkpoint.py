@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pared.errors import MissingError, ModelError, ResourceError
 from pared.models import IMPORTABLE, NATIVE
-from pared.tensorfile import TensorInfo, chunks, non_finite, read_header, read_tensor
+from pared.tensorfile import DTYPES, TensorInfo, chunks, non_finite, read_header, read_tensor
 
 __all__ = ["INDEX", "SINGLE", "Checkpoint", "TensorInfo", "read_config"]
 
@@ -82,7 +82,7 @@ class Checkpoint:
     @property
     def files(self) -> list[str]:
         """The shards, sorted."""
-        return sorted({t.file for t in self.tensors.values()})
+        return sorted({t.file for t in self.tensors.values() if t.file})
 
     def read(self, name: str, dtype: torch.dtype | None = None, see: Callable[[Tensor], None] | None = None) -> Tensor:
         """A private copy of a tensor, on the CPU, in its own dtype or, if it holds floating point numbers, in another.
@@ -90,6 +90,8 @@ class Checkpoint:
         see: is shown the tensor as the file has it, in flat slices.
         """
         info = self._info(name)
+        if not info.file:
+            return torch.zeros(info.shape, dtype=dtype or DTYPES[info.dtype])
         digest = None if name in self._digests else hashlib.sha256()
 
         def look(raw: memoryview, part: Tensor) -> None:
@@ -103,6 +105,11 @@ class Checkpoint:
         if digest is not None:
             self._digests[name] = digest.digest()
         return out
+
+    def with_zeros(self, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: str) -> Checkpoint:
+        """The same with another config.json, and tensors of zeros which no file holds."""
+        made = {n: TensorInfo(n, "", dtype, shape, 0, 0) for n, shape in shapes.items()}
+        return replace(self, config=config, tensors={**self.tensors, **made})
 
     def slice(self, name: str) -> Any:
         """A lazy safetensors slice: index it to read a part. Valid until close()."""
@@ -129,7 +136,7 @@ class Checkpoint:
         """
         config = (self.path / "config.json").read_bytes()
         total = hashlib.sha256(f"{len(config)}\0".encode() + config)
-        for name in sorted(self.tensors):
+        for name in sorted(n for n, t in self.tensors.items() if t.file):
             info = self.tensors[name]
             if name not in self._digests:
                 one = hashlib.sha256()

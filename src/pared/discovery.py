@@ -25,7 +25,7 @@ from pared.errors import ModelError
 from pared.miniature import Miniature, find_miniature, kind_keys, kinds_of
 from pared.movement import Sample, expressions, readings, samples, size_keys, size_of
 from pared.per_layer import HEADS as KEPT_HEADS
-from pared.per_layer import NUMBERS, PerLayer, layer_config, used_config
+from pared.per_layer import BIASES, NUMBERS, PerLayer, layer_config, used_config
 from pared.scales import follow_hidden
 from pared.silence import Tied, head_arguments, tied_axes
 from pared.structure import (
@@ -83,7 +83,11 @@ def assemble(config: PreTrainedConfig, per_layer: PerLayer, found: Discovered, m
     config = used_config(config, per_layer)
     prefix, layers = modeling.blocks(model)
     start = prefix + "."
-    kinds = kinds_of(model, kind_keys(model.config))
+    added = {i: [f"{n}.bias" for n in own.get(BIASES, ())] for i, own in per_layer.items()}
+    kinds = [
+        (tuple(n for n in names if n not in added.get(i, ())), *rest)
+        for i, (names, *rest) in enumerate(kinds_of(model, kind_keys(model.config)))
+    ]
     by_kind: dict[tuple[Any, str], set[str]] = {}
     for n, c in found.candidates.items():
         if n.startswith(start):
@@ -103,6 +107,8 @@ def assemble(config: PreTrainedConfig, per_layer: PerLayer, found: Discovered, m
         if signature is None or (not name.startswith(start) and signature.axes & {"kv", "query", "d"}):
             signature = parse(" ".join("_" * value.ndim))
         tensors[name] = signature
+    for bias in (n for i, own in added.items() for n in (f"{start}{i}.{local}" for local in own) if n in tensors):
+        tensors[bias] = parse(_split(tensors[bias.removesuffix("bias") + "weight"].text)[0])
     around = {n: s for n, s in tensors.items() if not n.startswith(start)}
     said = sizes_of(config, found.keys)
     for n, s in around.items():
@@ -156,6 +162,7 @@ def assemble(config: PreTrainedConfig, per_layer: PerLayer, found: Discovered, m
         else None,
         numbers=tuple(numbered["numbers"]) if numbered else (),
         numbered_of=numbered["of"] if numbered else 0,
+        biases={i: list(own[BIASES]) for i, own in per_layer.items() if BIASES in own},
         kept_heads={i: own[KEPT_HEADS]["kept"] for i, own in per_layer.items() if KEPT_HEADS in own},
     )
     _check_shapes(layout)

@@ -3,8 +3,8 @@
 Each block is made by its own class from its own config (`per_layer_config`). Where a class ties one size to another
 (GPT-2's heads to its hidden size), the modules in it that hold tensors are then made anew in the shapes that
 `per_layer_shapes` gives, and arguments with an entry for each head (ALiBi slopes) are reduced to the heads that
-`per_layer_heads` says are left. A block without its attention or its MLP (`skip`) has stand-ins where the parts were that
-`per_layer_skipped` names. Where a class derives something from a layer's number (its kind, a scale that follows the
+`per_layer_heads` says are left. Matrices that `per_layer_biases` names have a bias that their class does not give them. A
+block without its attention or its MLP (`skip`) has stand-ins where the parts were that `per_layer_skipped` names. Where a class derives something from a layer's number (its kind, a scale that follows the
 depth), layers keep the numbers that `per_layer_numbers` gives: those before others were removed. This file needs torch
 and transformers alone: per-layer checkpoints carry a copy of it,
 followed by two classes, for `trust_remote_code`.
@@ -28,13 +28,15 @@ PER_LAYER, SHAPES, HEADS = "per_layer_config", "per_layer_shapes", "per_layer_he
 # An entry of a layer in PER_LAYER, the kinds of sublayer that it does without; and an entry of config.json, which parts of
 # a block each kind is: {kind: {part: how many things it returns, 0 for a bare tensor; null: it hands its input on}}.
 SKIP, SKIPPED = "skip", "per_layer_skipped"
+# layer -> the linear layers in the block (by name) that get a bias.
+BIASES = "per_layer_biases"
 # {"of": layers that there were, "numbers": for each layer the number that its class makes it as}.
 NUMBERS = "per_layer_numbers"
 # {config entry: [a value that the config class accepts, the one to build with]}, where its validators tie the entry to
 # sizes that blocks have for themselves.
 UNCHECKED = "per_layer_unchecked"
 
-_APART = (SHAPES, HEADS, SKIPPED, NUMBERS, UNCHECKED)
+_APART = (SHAPES, HEADS, BIASES, SKIPPED, NUMBERS, UNCHECKED)
 # layer -> its entries of PER_LAYER, and under the names in _APART those of the others.
 PerLayer = dict[int, dict[str, Any]]
 
@@ -45,6 +47,8 @@ def split(data: Mapping[str, Any]) -> tuple[dict[str, Any], PerLayer]:
     entries = {int(i): dict(own) for i, own in (rest.pop(PER_LAYER, None) or {}).items()}
     for i, shapes in (rest.pop(SHAPES, None) or {}).items():
         entries.setdefault(int(i), {})[SHAPES] = {n: tuple(s) for n, s in shapes.items()}
+    for i, named in (rest.pop(BIASES, None) or {}).items():
+        entries.setdefault(int(i), {})[BIASES] = list(named)
     heads = rest.pop(HEADS, None) or {"kept": {}}
     for i, kept in heads["kept"].items():
         entries.setdefault(int(i), {})[HEADS] = {"kept": list(kept), "of": heads["of"], "arguments": heads["arguments"]}
@@ -71,6 +75,7 @@ def join(per_layer: PerLayer) -> dict[str, Any]:
         first = next(iter(heads.values()))
         kept = {str(i): h["kept"] for i, h in heads.items()}
         out[HEADS] = {"of": first["of"], "arguments": first["arguments"], "kept": kept}
+    out[BIASES] = {str(i): list(e[BIASES]) for i, e in sorted(per_layer.items()) if e.get(BIASES)}
     skipped: dict[str, dict[str, Any]] = {}
     for e in per_layer.values():
         for kind, parts in e.get(SKIPPED, {}).items():
@@ -133,6 +138,8 @@ def make_block(like: nn.Module, config: PreTrainedConfig, index: int, entries: M
         _take_fitting_parts(
             block, {**_shapes(block), **shapes}, like, layer_config(config, {**entries, hidden: getattr(config, hidden)}), made
         )
+    for name in entries.get(BIASES, ()):
+        give_bias_(block.get_submodule(name))
     for kind in entries.get(SKIP, ()):
         skip_(block, entries[SKIPPED][kind], index)
     now = _shapes(block)
@@ -254,6 +261,12 @@ def _resized(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Mod
         else:
             module._buffers[leaf] = new
     return module
+
+
+def give_bias_(linear: nn.Module) -> None:
+    """Give a linear layer without a bias one of zeros."""
+    weight = linear.get_parameter("weight")
+    linear.register_parameter("bias", nn.Parameter(weight.detach().new_zeros(weight.shape[0]), weight.requires_grad))
 
 
 class Skipped(nn.Module):

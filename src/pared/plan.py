@@ -68,7 +68,8 @@ class Plan(BaseModel):
     """What to keep. `removed` is the share of `of` that the plan really removes; `requested` what was asked for.
 
     vocab: the token ids that stay; the i-th of them becomes token i. rotated: the hidden channels are those of a basis
-    that was measured for this model; a head that shared the embeddings is one of its own then.
+    that was measured for this model; a head that shared the embeddings is one of its own then. biases: matrices back into
+    the residual stream got biases that the model does not have; they are counted in `after`.
     """
 
     model_config = ConfigDict(extra="forbid", ignored_types=(cached_property,))
@@ -82,6 +83,7 @@ class Plan(BaseModel):
     after: Account
     hidden: str | None = None
     rotated: bool = False
+    biases: bool = False
     vocab: str | None = None
     layers: list[LayerPlan]
     provenance: dict[str, Any] = Field(default_factory=dict)

@@ -66,6 +66,11 @@ class Recipe(BaseModel):
     compensate: Literal["none", "bias", "refit", "sequential"] | None = Field(
         default=None, description="how what stays is refitted to make up for what went; by default by effort"
     )
+    add_bias: bool | None = Field(
+        default=None,
+        description="matrices back into the residual stream get a bias where the model has none; by default with "
+        "--compensate bias",
+    )
     reconstruct: int | None = Field(
         default=None, ge=0, description="steps of gradient descent on each block after its refit; by default by effort"
     )

@@ -125,6 +125,7 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
         allocate=allocate,
         criterion=criterion,
         compensate=compensate,
+        add_bias=compensate == "bias" if recipe.add_bias is None else recipe.add_bias,
         reconstruct=reconstruct,
         search_steps=generations if allocate == "search" else recipe.search_steps,
         seq_len=seq_len,

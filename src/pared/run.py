@@ -31,6 +31,7 @@ from pared.resolve import calibrate, resolve, scored_axes
 from pared.resources import Limits, Resources, check_disk, used
 from pared.retokenize import Retokenized, check_vocabulary, keep_tokens, retokenize_as_planned
 from pared.scores import Scores
+from pared.slots import with_slots
 from pared.source import Source
 from pared.surgery import Turned, cut_refitted
 from pared.walk import Method
@@ -168,6 +169,8 @@ def prune(
         if recipe.iterative_steps > 1:
             raise UsageError("a rotation is found and cut in one step", where="--iterative-steps", fix="--iterative-steps 1")
         source = source.untied()
+    if recipe.add_bias:
+        source = with_slots(source, recipe)
     axes = scored_axes(source.layout, recipe)
     if axes and recipe.keep_tokens_from is None:
         check_amount(budget_of(source, recipe, axes, recipe.share), recipe.allocate or "uniform")  # before weights are read

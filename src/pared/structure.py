@@ -66,6 +66,8 @@ class Layout:
     block_hidden: the hidden size that blocks are made for, where the model has lost hidden channels in the per-layer form.
     scales_follow_hidden: whether embeddings, or what enters the head, are multiplied with what follows from the hidden size.
     numbers: the number that each layer is made as, where it is another than its place, of `numbered_of` layers.
+    biases: layer -> the matrices in it that have a bias which their class does not give them, in the per-layer form.
+    added: tensors that the model did not have before this run: biases of zeros, to be fitted.
     runs: axis -> equal runs of units that have to keep as many each. least: axis -> the fewest units that can stay.
     """
 
@@ -89,6 +91,8 @@ class Layout:
     least: dict[str, int] = field(default_factory=dict)
     block_hidden: int | None = None
     scales_follow_hidden: bool = False
+    biases: dict[int, list[str]] = field(default_factory=dict)
+    added: frozenset[str] = frozenset()
     numbers: tuple[int, ...] = ()
     numbered_of: int = 0
     proofs: dict[str, Proof] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from pared.discovery import miniature_of
 from pared.errors import ModelError
 from pared.families import STAND_INS
 from pared.per_layer import HEADS as KEPT_HEADS
-from pared.per_layer import NUMBERS, PER_LAYER, SHAPES, SKIP, SKIPPED, UNCHECKED, PerLayer, make_block
+from pared.per_layer import BIASES, NUMBERS, PER_LAYER, SHAPES, SKIP, SKIPPED, UNCHECKED, PerLayer, make_block
 from pared.plan import Plan, kept_sizes
 from pared.scales import at_hidden, last_norm
 from pared.structure import (
@@ -64,7 +64,7 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
         data[PER_LAYER] = {i: said[source] for i, source in enumerate(sources) if source in said}
     changed = {a for i, own in enumerate(shapes) for a in own if own[a] != layout.layer_sizes[sources[i]].get(a)}
     axes = changed | shared.keys() | ({"layer"} if len(sources) < layout.num_layers else set())
-    stock = all(layout.proofs[a].stock for a in axes if a in layout.proofs) and not layout.numbers
+    stock = all(layout.proofs[a].stock for a in axes if a in layout.proofs) and not layout.numbers and not layout.biases
     stock = stock and layout.sizes["hidden"] == getattr(config, HIDDEN)
     stock = stock and all(own.get(kind) != 0 for own in shapes for kind in layout.sublayers)
     if getattr(config, "is_heterogeneous", False):
@@ -99,11 +99,12 @@ def target_config(layout: Layout, config: PreTrainedConfig, plan: Plan) -> tuple
         own = block_entries(config, layout.keys, sizes, hidden)
         entries[i] = {k: v for k, v in own.items() if v != getattr(target, k, None)}
         entries[i] |= _heads_entry(layout, config, sources[i], plan.selection(i, layout))
-        entries[i] |= _skip_entry(layout, config, sizes)
+        entries[i] |= _skip_entry(layout, config, sizes) | _biases_entry(layout, sources[i], sizes)
         if numbered:
             entries[i][NUMBERS] = numbered
         if unchecked:
             entries[i][UNCHECKED] = unchecked
+    _say_apart(layout, target, entries)
     _add_shapes(layout, plan, target, entries)
     return target, {i: own for i, own in entries.items() if own}
 
@@ -139,6 +140,30 @@ def _skip_entry(layout: Layout, config: PreTrainedConfig, sizes: Mapping[str, in
     return {SKIP: gone, SKIPPED: {kind: layout.sublayers[kind] for kind in gone}, **zero} if gone else {}
 
 
+def _biases_entry(layout: Layout, source: int, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The matrices of a block that have a bias of the per-layer form, as far as the block has them."""
+    names = [f"{layout.prefix}.{source}.{n}" for n in layout.biases.get(source, ())]
+    stay = [layout.local(n) for n in layout.remaining(names, sizes)]
+    return {BIASES: stay} if stay else {}
+
+
+def _say_apart(layout: Layout, target: PreTrainedConfig, entries: PerLayer) -> None:
+    """Have a stock model refuse layers that differ from its own by nothing but biases, which it would leave out unsaid.
+
+    It refuses what layers say otherwise than the model does: so the model says another size than all of them.
+    """
+    if not any(BIASES in own for own in entries.values()) or any(k in target.to_dict() for e in entries.values() for k in e):
+        return
+    widths = [k for a, k in layout.keys.items() if a.endswith("ffn")]
+    if not widths:
+        raise ModelError(f"a {target.model_type} config has no size by which to say that its layers have biases of their own")
+    key = raw_key(target, size_key(target, widths[0])[0])
+    said = getattr(target, key)
+    for own in entries.values():
+        own[key] = said
+    setattr(target, key, 2 * said)
+
+
 def rebuilt(
     block: nn.Module, model: PreTrainedModel, layout: Layout, layer: int, keep: Selection, tensors: Mapping[str, Tensor]
 ) -> nn.Module:
@@ -146,7 +171,7 @@ def rebuilt(
     config = model.config
     sizes = {**layout.sizes_at(layer), **kept_sizes(keep)}
     entries = {**block_entries(config, layout.keys, sizes, layout.block_hidden), **_heads_entry(layout, config, layer, keep)}
-    entries |= _skip_entry(layout, config, sizes)
+    entries |= _skip_entry(layout, config, sizes) | _biases_entry(layout, layer, sizes)
     stays = layout.remaining([f"{layout.prefix}.{layer}.{n}" for n in tensors], sizes)
     tensors = {n: tensors[n] for n in map(layout.local, stays)}
     if numbered := _numbers_entry(layout, list(range(layout.num_layers))) if layout.numbers else None:

@@ -77,6 +77,26 @@ def test_a_file_computes_what_the_model_does(family: str, tmp_path: Path) -> Non
         assert close(run(done.path, built, ids), logits(built, ids))
 
 
+@pytest.mark.parametrize("allocate", ["uniform", "global"])
+def test_biases_that_the_family_does_not_have_are_in_the_file(allocate: str, tmp_path: Path) -> None:
+    source = save(model("mistral", sliding_window=None), tmp_path / "model")
+    settings = {"criterion": "wanda_sp", "compensate": "bias", "structures": "ffn", "align": 1}
+    cut(source, out=tmp_path / "out", shape="per-layer", allocate=allocate, **settings)
+    done = export_gguf(tmp_path / "out")
+    assert done.architecture == ("llama" if allocate == "uniform" else "deci")
+    built, ids = load(tmp_path / "out"), tokens(2, 18)
+    assert read(done.path)[1]["blk.0.attn_output.bias"].shape == (built.config.hidden_size,)
+    with torch.no_grad():
+        assert close(run(done.path, built, ids), logits(built, ids))
+
+
+def test_a_family_whose_form_in_llama_cpp_has_no_such_bias_is_refused(tmp_path: Path) -> None:
+    source = save(model("qwen3"), tmp_path / "model")
+    cut(source, out=tmp_path / "out", shape="per-layer", allocate="uniform", structures="ffn", compensate="bias", align=1)
+    with refused(ModelError, "no bias in o_proj"):
+        export_gguf(tmp_path / "out")
+
+
 @pytest.mark.parametrize("structures", ["kv,ffn", "query,ffn", "ffn"])
 def test_a_per_layer_checkpoint_computes_what_it_does_here(structures: str, tmp_path: Path) -> None:
     cut(

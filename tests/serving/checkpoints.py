@@ -66,6 +66,16 @@ def per_layer(family: str, folder: Path, *, multiple: int = 1, **changes: Any) -
     return apply_plan(source, plan_of(layout, [_layer(layout, i, multiple) for i in range(layout.num_layers)]), out)
 
 
+def with_biases(family: str, folder: Path, *, shape: str = "per-layer") -> Path:
+    """A fifth less, and biases where the family has none, fitted to random text."""
+    out = folder / f"{family}-biases"
+    settings = {"compensate": "sequential", "add_bias": True, "criterion": "wanda_sp", "allocate": "uniform", "align": 8}
+    structures = ("kv",) if family == "mixtral" else ("ffn",)
+    remove = 0.02 if family == "mixtral" else 0.2
+    tiny.cut(dense(family, folder), out=out, shape=shape, structures=structures, remove=remove, **settings)
+    return out
+
+
 def without_parts(family: str, folder: Path, skips: Sequence[Sequence[str]], *, multiple: int = 1, **changes: Any) -> Path:
     """Layers of which some have no attention, no MLP, or neither, and the others sizes of their own."""
     changes = {"num_hidden_layers": len(skips), **changes}

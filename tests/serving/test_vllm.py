@@ -13,7 +13,7 @@ import checkpoints
 import pared
 import tiny
 from engine import Engine, check_greedy, requests
-from pared.per_layer import SKIP, split
+from pared.per_layer import BIASES, SKIP, split
 
 pytestmark = pytest.mark.vllm
 
@@ -52,6 +52,19 @@ def test_a_uniform_checkpoint_is_served_as_it_is(family: str, vllm: Engine, tmp_
 def test_layers_of_different_sizes_are_served(family: str, vllm: Engine, tmp_path: Path) -> None:
     path = checkpoints.per_layer(family, tmp_path)
     assert len({json.dumps(e, sort_keys=True, default=str) for e in entries(path).values()}) >= 3
+    serves(vllm, path)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "mixtral"])
+def test_biases_that_the_family_does_not_have_are_served(family: str, vllm: Engine, tmp_path: Path) -> None:
+    path = checkpoints.with_biases(family, tmp_path)
+    assert all(own[BIASES] for own in entries(path).values())
+    serves(vllm, path)
+
+
+def test_a_uniform_checkpoint_with_biases_of_its_own_is_served_as_it_is(vllm: Engine, tmp_path: Path) -> None:
+    path = checkpoints.with_biases("llama", tmp_path, shape="uniform")
+    assert not entries(path)
     serves(vllm, path)
 
 

@@ -110,8 +110,9 @@ class Budget:
 
     @property
     def given(self) -> int:
-        """The amount that is removed already when every block is as it was: what the vocabulary gives."""
-        return (self.count([]).amount(self.amount.of)) - self.outside_amount()
+        """The amount that is removed already when every block is whole: what the vocabulary gives, less what is added."""
+        blocks = sum(self.block_amount(i, {}) for i in range(self.layout.num_layers))
+        return self.before.amount(self.amount.of) - self.outside_amount() - blocks
 
     def same_block(self, one: int, other: int) -> bool:
         """Whether two layers count the same under the same sizes."""
@@ -161,7 +162,7 @@ class Budget:
 
     def unreachable(self, most: float) -> UsageError:
         """The error for an amount that these axes can not give; most: the largest share that they can."""
-        least = self.given / self.before.amount(self.amount.of)
+        least = max(0.0, self.given / self.before.amount(self.amount.of))
         return UsageError(
             f"removing {self.amount.remove:.1%} of {self.amount.of} is out of reach: "
             f"{', '.join([*(['vocab'] if self.vocab else []), *self.axes])} can give between {f'{least:.1%}' if least else '0%'} and {math.floor(most * 1000) / 1000:.1%}"

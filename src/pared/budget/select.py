@@ -205,7 +205,7 @@ def recount(plan: Plan, budget: Budget) -> Plan:
     outside = plan.sizes(None, layout)
     after = budget.count(layers, outside["hidden"], outside["vocab"])
     removed = 1 - after.amount(of) / budget.before.amount(of)
-    return plan.model_copy(update={"before": budget.before, "after": after, "removed": removed})
+    return plan.model_copy(update={"before": budget.before, "after": after, "removed": removed, "biases": bool(layout.added)})
 
 
 def select(layout: Layout, scores: Scores, layer: int, sizes: Sizes) -> dict[str, Tensor | Nested]:

@@ -33,7 +33,7 @@ class Family:
 
     norm_offset: its norms multiply by 1 + weight, and the file holds the sum. activation: how the name of it begins.
     tied: whether its embeddings have to be, or may not be. windows: it has sliding ones. scale: whether attention is scaled
-    and capped as llama.cpp does it. entries: those beyond the common ones.
+    and capped as llama.cpp does it. biases: the matrices that have one. entries: those beyond the common ones.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Family:
     heads_fill_hidden: bool = False
     windows: bool = False
     scale: Callable[[PreTrainedConfig], bool] = lambda c: True
+    biases: tuple[str, ...] = ()
     entries: Callable[[PreTrainedConfig], dict[str, Any]] = lambda c: {}
 
 
@@ -59,7 +60,7 @@ def _gemma2(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 FAMILIES: dict[str, Family] = {
-    "qwen2": Family("qwen2", heads_fill_hidden=True),
+    "qwen2": Family("qwen2", heads_fill_hidden=True, biases=("q_proj", "k_proj", "v_proj")),
     "qwen3": Family("qwen3"),
     "gemma": Family("gemma", norm_offset=True, activation="gelu", tied=True),
     "gemma2": Family(
@@ -181,6 +182,9 @@ def _unfit(family: Family, config: PreTrainedConfig, model: PreTrainedModel, uni
         return f"llama.cpp's {family.name} wants tied embeddings"
     if not family.scale(config):
         return f"llama.cpp's {family.name} scales and caps attention otherwise"
+    for name in (n for block in modeling.blocks(model)[1] for n in block.state_dict() if n.endswith(".bias")):
+        if (owner := name.split(".")[-2]) not in family.biases:
+            return f"llama.cpp's {family.name} has no bias in {owner}"
     if not family.windows and _windowed(config):
         return f"llama.cpp's {family.name} has no sliding window"
     ropes = _ropes(config)

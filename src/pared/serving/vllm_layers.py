@@ -23,11 +23,11 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, 
 from vllm.model_executor.models import utils
 
 from pared.errors import ModelError
-from pared.per_layer import HEADS, SHAPES, SKIP, SKIPPED, build_layers_
+from pared.per_layer import BIASES, HEADS, SHAPES, SKIP, SKIPPED, build_layers_
 from pared.serving.vllm_config import layers_of
 
 _TRANSFORMERS_MODELS = "vllm.model_executor.models.transformers.base"
-_NOT_VALUES = (SKIP, SHAPES, HEADS, SKIPPED)
+_NOT_VALUES = (SKIP, SHAPES, HEADS, BIASES, SKIPPED)
 _MISSING = object()
 Make = Callable[..., nn.Module]
 
@@ -116,8 +116,9 @@ def _make(layer_fn: Make, prefix: str, config: PreTrainedConfig, own: Mapping[st
     if hidden in own or HEADS in own:
         layer = _with_heads_apart(layer_fn, prefix, config, own, compilation)
     else:
-        with values(config, own), _linears(own.get(SHAPES, {}), config.hidden_size, prefix):
+        with values(config, own), _linears(own, config.hidden_size, prefix):
             layer = layer_fn(prefix=prefix)
+    _check_biases(layer, own, prefix)
     for kind in own.get(SKIP, ()):
         found = _parts(layer, kind)
         if not found:
@@ -137,18 +138,18 @@ def _with_heads_apart(
     The layer's own hidden size is what its heads add up to, and concerns them alone; what they read and write is as wide
     as the model.
     """
-    hidden, shapes = config.hidden_size, own.get(SHAPES, {})
+    hidden = config.hidden_size
     names = [config.attribute_map.get(n, n) for n in ("hidden_size", "num_attention_heads", "num_key_value_heads")]
     # Everything else is made beside as many heads of this size as the hidden size has room for.
     with values(config, own):
         most = hidden // (config.hidden_size // config.num_attention_heads)
     whole = {**own, **{n: most for n in names[1:] if hasattr(config, n)}}
-    with values(config, whole, without=names[:1]), _linears(shapes, hidden, prefix):
+    with values(config, whole, without=names[:1]), _linears(own, hidden, prefix):
         layer = layer_fn(prefix=prefix)
     if "attention" in own.get(SKIP, ()):
         return layer
     _forget(compilation, prefix)
-    with values(config, own), _linears({}, hidden, prefix, own_hidden=config.hidden_size):
+    with values(config, own), _linears({BIASES: own.get(BIASES, ())}, hidden, prefix, own_hidden=config.hidden_size):
         narrow = layer_fn(prefix=prefix)
     for name in _parts(layer, "attention"):
         before, after = getattr(layer, name), getattr(narrow, name)
@@ -168,22 +169,27 @@ def _keep_slopes(whole: nn.Module, narrow: nn.Module, kept: list[int]) -> None:
 
 
 @contextlib.contextmanager
-def _linears(shapes: Mapping[str, Any], hidden: int, prefix: str, own_hidden: int | None = None) -> Iterator[None]:
-    """While this lasts, linear layers are made in sizes that the config can not say.
+def _linears(own: Mapping[str, Any], hidden: int, prefix: str, own_hidden: int | None = None) -> Iterator[None]:
+    """While this lasts, linear layers are made as a layer's own entries say and the config can not.
 
-    shapes: of the weights in a block that have one of their own, by name: their sides are the hidden size and a width.
-    own_hidden: make those that read, or write, a hidden size of this many channels read, or write, `hidden`.
+    Weights that have a shape of their own are given by name: their sides are the hidden size and a width. own_hidden: make those that read, or write, a hidden size of this many channels read, or write, `hidden`.
     """
     column, row = ColumnParallelLinear.__init__, RowParallelLinear.__init__
+    shapes = own.get(SHAPES, {})
+
+    def local(arguments: Mapping[str, Any]) -> str:
+        return str(arguments.get("prefix", "")).removeprefix(prefix + ".")
 
     def width(arguments: Mapping[str, Any], made: int) -> int:
-        shape = shapes.get(str(arguments.get("prefix", "")).removeprefix(prefix + ".") + ".weight")
+        shape = shapes.get(local(arguments) + ".weight")
         return made if shape is None else int(shape[0] if shape[1] == hidden else shape[1])
 
     def column_init(self: Any, input_size: int, output_size: int, *rest: Any, **named: Any) -> None:
         column(self, hidden if input_size == own_hidden else input_size, width(named, output_size), *rest, **named)
 
     def row_init(self: Any, input_size: int, output_size: int, *rest: Any, **named: Any) -> None:
+        if local(named) in own.get(BIASES, ()):
+            rest, named = (True, *rest[1:]) if rest else (), named if rest else {**named, "bias": True}
         row(self, width(named, input_size), hidden if output_size == own_hidden else output_size, *rest, **named)
 
     ColumnParallelLinear.__init__, RowParallelLinear.__init__ = column_init, row_init
@@ -191,6 +197,17 @@ def _linears(shapes: Mapping[str, Any], hidden: int, prefix: str, own_hidden: in
         yield
     finally:
         ColumnParallelLinear.__init__, RowParallelLinear.__init__ = column, row
+
+
+def _check_biases(layer: nn.Module, own: Mapping[str, Any], prefix: str) -> None:
+    """ModelError where a matrix that the layer's entries give a bias was made without."""
+    found = {n for n, _ in layer.named_parameters()}
+    if missing := [n for n in own.get(BIASES, ()) if f"{n}.bias" not in found]:
+        raise ModelError(
+            f"vLLM's {type(layer).__name__} can not be given the bias of {missing[0]}",
+            where=prefix,
+            fix="serve it with transformers, or prune with --no-add-bias",
+        )
 
 
 def _parts(layer: nn.Module, kind: str) -> list[str]:
