@@ -2,7 +2,7 @@
 
 The model computes what it did; what refits it afterwards finds a bias to fit. A uniform shape gets the biases that the
 family's own config has switches for (`attention_bias`, `mlp_bias`), so that the result is a stock checkpoint; such a switch
-gives the matrices before them biases too. A per-layer shape gets them in the per-layer form, at these matrices alone.
+gives the matrices before them biases too, which stay zero. A per-layer shape gets them in the per-layer form, at these matrices alone.
 """
 
 from __future__ import annotations

@@ -181,7 +181,9 @@ class Walk:
         return [n for n in matrices(self.layout, self.i, self.weights) if self._axes(n) == {"hidden"}]
 
     def _bias(self, name: str) -> Tensor | None:
-        return self.weights.get(bias_of(name))
+        """A matrix's bias. One that was added before the consumers, where a config has one switch for all, stays zero."""
+        beside = self._full(bias_of(name)) in self.layout.added and self._axes(name) == {"hidden"}
+        return None if beside else self.weights.get(bias_of(name))
 
     def _weight(self, name: str) -> Tensor:
         return oriented(self.layout, self.i, name, self.weights[name])
