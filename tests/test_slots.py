@@ -50,7 +50,9 @@ def first_block(model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
     return out
 
 
-@pytest.mark.parametrize(("family", "shape"), [("llama", "uniform"), ("llama", "per-layer"), ("qwen2", "per-layer"), ("mixtral", "per-layer")])
+@pytest.mark.parametrize(
+    ("family", "shape"), [("llama", "uniform"), ("llama", "per-layer"), ("qwen2", "per-layer"), ("mixtral", "per-layer")]
+)
 def test_biases_of_zeros_change_nothing(family: str, shape: str, tmp_path: Path) -> None:
     model = tiny.model(family)
     for source in (Source.open(model), Source.open(tiny.save(model, tmp_path / "dense"))):
@@ -123,7 +125,7 @@ def test_a_uniform_result_is_a_stock_checkpoint(tmp_path: Path) -> None:
 def test_a_stock_model_refuses_layers_that_have_biases_of_their_own_alone(tmp_path: Path) -> None:
     source = tiny.save(tiny.model("mistral"), tmp_path / "dense")
     pruned(source, out=tmp_path / "out", shape="per-layer", allocate="uniform", structures="ffn", compensate="bias")
-    config, entries = split(pared.load(tmp_path / "out").config.to_dict())
+    _, entries = split(pared.load(tmp_path / "out").config.to_dict())
     assert all(own[BIASES] == ["mlp.down_proj", "self_attn.o_proj"] for own in entries.values())
     assert len({own["intermediate_size"] for own in entries.values()}) == 1, "only the biases tell the layers from stock ones"
     with pytest.raises(RuntimeError, match="intermediate_size"):

@@ -24,8 +24,8 @@ from pared.axes import Fixed, Name, Signature, names, parse, size
 from pared.errors import ModelError
 from pared.miniature import Miniature, find_miniature, kind_keys, kinds_of
 from pared.movement import Sample, expressions, readings, samples, size_keys, size_of
-from pared.per_layer import HEADS as KEPT_HEADS
 from pared.per_layer import BIASES, NUMBERS, PerLayer, layer_config, used_config
+from pared.per_layer import HEADS as KEPT_HEADS
 from pared.scales import follow_hidden
 from pared.silence import Tied, head_arguments, tied_axes
 from pared.structure import (

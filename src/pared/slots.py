@@ -52,7 +52,9 @@ def with_slots(source: Source, recipe: Recipe) -> Source:
     """
     if recipe.compensate == "none" or recipe.criterion == "rotation" or "hidden" in (recipe.structures or ()):
         raise UsageError(
-            "nothing is refitted here, so biases would stay zero", where="--add-bias", fix="leave it away, or --compensate refit"
+            "nothing is refitted here, so biases would stay zero",
+            where="--add-bias",
+            fix="leave it away, or --compensate refit",
         )
     every = recipe.compensate == "bias"
     bare = without_bias(source)

@@ -16,8 +16,8 @@ from pared.axes import Selection, indices, names, parse, size, take, zero_
 from pared.discovery import miniature_of
 from pared.errors import ModelError
 from pared.families import STAND_INS
-from pared.per_layer import HEADS as KEPT_HEADS
 from pared.per_layer import BIASES, NUMBERS, PER_LAYER, SHAPES, SKIP, SKIPPED, UNCHECKED, PerLayer, make_block
+from pared.per_layer import HEADS as KEPT_HEADS
 from pared.plan import Plan, kept_sizes
 from pared.scales import at_hidden, last_norm
 from pared.structure import (

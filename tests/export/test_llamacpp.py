@@ -88,6 +88,15 @@ def test_a_per_layer_checkpoint_does(family: str, structures: str, tmp_path: Pat
     agree(done.path, load(tmp_path / "model"), tokens(2, 18))
 
 
+@pytest.mark.parametrize("allocate", ["uniform", "global"])
+def test_biases_that_the_family_does_not_have_are_read(allocate: str, tmp_path: Path) -> None:
+    settings = {"compensate": "bias", "criterion": "wanda_sp", "structures": "ffn", "shape": "per-layer", "align": 1}
+    cut(model("mistral", **FAMILIES["mistral"]), out=tmp_path / "model", allocate=allocate, **settings)
+    done = export_gguf(tmp_path / "model")
+    assert done.architecture == ("llama" if allocate == "uniform" else "deci")
+    agree(done.path, load(tmp_path / "model"), tokens(2, 18))
+
+
 @pytest.mark.parametrize("gone", [(0,), (3,), (0, 3), (1, 2)])
 @pytest.mark.parametrize("skip", [("attention",), ("mlp",), ("attention", "mlp")])
 def test_parts_of_any_block_can_be_gone_the_first_and_the_last_too(
