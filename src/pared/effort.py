@@ -55,7 +55,8 @@ def reselected(recipe: Recipe, layout: Layout) -> frozenset[str]:
     """Axes whose units are chosen in the walk that refits, by second-order selection on what comes in there."""
     if recipe.criterion not in ("obs", "obs-fisher") or recipe.compensate != "sequential" or recipe.iterative_steps > 1:
         return frozenset()
-    return _chosen_alone(layout)
+    inside = {a for a, parent in layout.parents.items() if parent == "expert" and a in AXES}
+    return _chosen_alone(layout) | (inside if recipe.criterion == "obs" else set())
 
 
 def _chosen_alone(layout: Layout) -> frozenset[str]:

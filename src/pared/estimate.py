@@ -15,6 +15,7 @@ from pared.criteria import WHOLE, Criterion, Group, Moments, Routing, Stats
 from pared.depth import Depth, search_removals, search_runs, without
 from pared.distributed import total, total_of
 from pared.errors import ModelError, UsageError
+from pared.expertfit import removal_costs
 from pared.gradients import WeightGradients, forward_with_loss, walk_back
 from pared.journal import Journal
 from pared.rotation import find_rotation
@@ -241,24 +242,32 @@ def _visit_counter(layout: Layout, scores: Scores) -> Callable[[int, nn.Module],
     return around
 
 
-def consumers(stream: Stream, axes: Sequence[str], layer: int, block: nn.Module) -> list[str]:
+def consumers(stream: Stream, axes: Sequence[str], layer: int, block: nn.Module, *, ndim: int = 2) -> list[str]:
     """The matrices of a block (local names) whose input runs along one of the axes; experts' stacks are not among them."""
     weights = dict(block.named_parameters())
     found: dict[str, None] = {}
     for axis in axes:
         group = make_group(stream.layout, axis, layer, weights)
-        found.update(dict.fromkeys(n for n in (group.inputs if group else {}) if weights[n].ndim == 2))
+        found.update(dict.fromkeys(n for n in (group.inputs if group else {}) if weights[n].ndim == ndim))
     return list(found)
+
+
+def expert_stacks(stream: Stream, axes: Sequence[str], layer: int, block: nn.Module) -> list[str]:
+    """The stacks of matrices in a block (local names) whose input runs along one of the axes inside experts."""
+    inside = [a for a in axes if stream.layout.parents.get(a) == "expert"]
+    return consumers(stream, inside, layer, block, ndim=3)
 
 
 def _second_moment_visitor(
     stream: Stream, axes: Sequence[str], score: Callable[[int, nn.Module, Stats], None], progress: Progress
 ) -> Visit:
     def visit(i: int, block: nn.Module, hidden: States) -> States:
+        stacks = expert_stacks(stream, axes, i, block)
+        costs = {name: removal_costs(stream, block, i, name, hidden) for name in stacks}
         moments = SecondMoments(block, consumers(stream, axes, i, block))
         with moments.observing:
             out = stream.through(block, i, hidden)
-        score(i, block, Stats(second_moments=moments.means()))
+        score(i, block, Stats(second_moments=moments.means(), expert_costs=costs))
         progress("second moments", i + 1, stream.num_layers)
         return out
 

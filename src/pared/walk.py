@@ -138,7 +138,9 @@ class Walk:
             assert routed is not None
             module = self._experts_whole(set(stacks.values()))
             given = self.weights[name]
-            self.changed[name] = refit_experts(self.stream, module, self.i, name, axis, routed, given, self.keep)
+            choose = axis in self.method.reselect
+            done = refit_experts(self.stream, module, self.i, name, axis, routed, given, self.keep, choose=choose)
+            self.changed[name], self.keep[axis] = done
         if single or (last and not self.method.steps):
             return None
         if entered is not None and again:

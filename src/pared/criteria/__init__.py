@@ -180,7 +180,8 @@ class Stats:
     """What calibration gave for one block, by tensor name inside the block. Only what the criterion needs is there.
 
     moments: of the inputs. second_moments: E[a a^T] of the inputs, fp32 [n, n]. output_fisher: E[g g^T] of the loss's
-    gradient at the outputs, fp32 [out, out], scaled to one token's own loss. gradients: of the mean loss, fp32. squared: mean over sequences of the squared gradient of
+    gradient at the outputs, fp32 [out, out], scaled to one token's own loss. expert_costs: of removing each channel of each
+    expert in a stack, after the best refit, float64 [experts, n]. gradients: of the mean loss, fp32. squared: mean over sequences of the squared gradient of
     the sequence's mean loss. cosine: of a layer or a sublayer, mean over tokens of
     cos(block output without it, block output). run_angle: of the best run of layers that this one is in. energy: of the stream's channels in its principal basis [hidden]. loss_without: mean loss of
     the model when the layer is left out, at the moment of the search when it went. routing: None where the block's experts
@@ -192,6 +193,7 @@ class Stats:
     squared: dict[str, Tensor] = field(default_factory=dict)
     second_moments: dict[str, Tensor] = field(default_factory=dict)
     output_fisher: dict[str, Tensor] = field(default_factory=dict)
+    expert_costs: dict[str, Tensor] = field(default_factory=dict)
     cosine: dict[str, float] = field(default_factory=dict)
     run_angle: float | None = None
     energy: Tensor | None = None

@@ -14,7 +14,7 @@ from pared.errors import UsageError
 from pared.structure import SUBLAYERS
 
 PAPER = "Hassibi & Stork 1992; arXiv:2302.04089"
-AXES = ("kv", "query", "ffn", "shared_ffn")
+AXES = ("kv", "query", "ffn", "shared_ffn", "expert_ffn")
 
 
 def _columns(group: Group, name: str) -> Tensor:
@@ -32,11 +32,14 @@ def _costs(group: Group, stats: Stats, *, fisher: bool) -> Tensor:
     parts = []
     for name, dim in group.inputs.items():
         if group.weights[name].ndim != 2:
-            raise UsageError(
-                f"second-order selection does not score {group.axis} inside experts",
-                where="--criterion",
-                fix="--criterion taylor",
-            )
+            if fisher or name not in stats.expert_costs:
+                raise UsageError(
+                    f"{'weighted ' if fisher else ''}second-order selection does not score {group.axis} of experts",
+                    where="--criterion",
+                    fix="--criterion taylor" + (", or obs for channels inside experts" if fisher else ""),
+                )
+            parts.append(stats.expert_costs[name].flatten().float())
+            continue
         w = group.weights[name].double()
         w = w if dim == 1 else w.T
         if fisher:
