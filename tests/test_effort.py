@@ -48,7 +48,9 @@ def test_sizes_are_measured_where_the_walk_chooses_the_units() -> None:
     for settings in ({"criterion": "taylor"}, {"compensate": "refit"}, {"iterative_steps": 2}):
         assert not measures(*(pair := resolved(**settings))[:1], pair[1].layout, ("kv", "ffn"))
     experts, other = resolved("mixtral", criterion="obs", structures=("kv",))
-    assert "ffn" not in reselected(experts, other.layout) and "kv" in reselected(experts, other.layout)
+    assert {"ffn", "kv"} <= reselected(experts, other.layout) and not measures(experts, other.layout, ("ffn",))
+    weighted, _ = resolved("mixtral", criterion="obs-fisher", structures=("kv",))
+    assert "ffn" not in reselected(weighted, other.layout)
 
 
 def test_heads_that_the_config_names_are_settled_before_the_walk() -> None:
