@@ -108,6 +108,7 @@ def test_what_is_added_counts(family: str, shape: str, tmp_path: Path) -> None:
     written = pruned(source, shape=shape, compensate="sequential", out=tmp_path / "out", **of)
     assert written.plan.after == live.plan.after
     assert tiny.equal_states(pared.load(tmp_path / "out"), live.model)
+    assert "biases that the base model lacks" in (tmp_path / "out" / "README.md").read_text()
     # A plan holds no weights: where it is applied there is nothing to put into the biases.
     apply_plan(source, written.plan, tmp_path / "applied")
     assert not any(n.endswith("o_proj.bias") for n in pared.load(tmp_path / "applied").state_dict())

@@ -42,6 +42,11 @@ Tokens were removed too, and those that stay have new ids: use the tokenizer in 
 """
 
 
+_BIASES = """
+Matrices back into the residual stream have biases that the base model lacks, fitted to calibration text; they are counted.
+"""
+
+
 _VLLM_PER_LAYER = """vLLM serves it where pared is installed beside it (`pip install pared`); without pared it refuses this checkpoint.
 """
 _VLLM_HEADS = """vLLM serves it where pared is installed beside it (`pip install pared`). By itself vLLM may take the head size to be the
@@ -68,7 +73,7 @@ def model_card(plan: Plan, base: str, *, per_layer: bool, own_head_size: bool = 
     how = ", ".join(
         f"{k} {recipe[k]}" for k in ("criterion", "shape", "allocate", "calibration", "samples") if recipe.get(k) is not None
     )
-    words = _VOCABULARY if plan.vocab is not None else ""
+    words = (_BIASES if plan.biases else "") + (_VOCABULARY if plan.vocab is not None else "")
     serve = _VLLM_PER_LAYER if per_layer else _VLLM_HEADS if own_head_size else ""
     versions = ", ".join(f"{k} {v}" for k, v in plan.provenance.get("versions", {}).items())
     return f"""---
