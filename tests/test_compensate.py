@@ -14,6 +14,7 @@ import pared.calibration
 import tiny
 from pared.errors import UsageError
 from pared.evaluate.perplexity import Windows, logits_of, measure
+from pared.walk import Walk
 
 FAMILIES = ["llama", "llama-biases", "gemma2", "phi3", "gpt2", "gpt_neox", "olmo2", "mixtral"]
 
@@ -51,6 +52,27 @@ def test_only_consumers_change_and_none_of_them_is_cut_otherwise(family: str) ->
         assert all("weight" in n or "bias" in n for n in changed) and not any("norm" in n or "ln_" in n for n in changed)
         if mode == "refit":
             assert all(any(b in n for b in back) for n in changed)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_dense_matrices_go_once_the_stream_is_past_them_but_for_a_live_models(
+    live: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model("llama")
+    model.save_pretrained(tmp_path / "dense")
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    gone: list[bool] = []
+    refit = Walk._refit
+
+    def seen(self: Walk, name: str, sums: Any, **more: Any) -> None:
+        held = dict(self.block.named_parameters())
+        gone.extend(held[n].data_ptr() == t.data_ptr() for n, t in self.whole.items() if "down" in name and t.ndim == 2)
+        refit(self, name, sums, **more)
+
+    monkeypatch.setattr(Walk, "_refit", seen)
+    pruned(model if live else tmp_path / "dense", out=tmp_path / "out")
+    assert gone and (live or all(gone))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
 @pytest.fixture(scope="module")
