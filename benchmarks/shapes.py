@@ -1,6 +1,6 @@
 """Random checkpoints in the exact shape of a published model, written one layer at a time.
 
-    python benchmarks/shapes.py llama-2-7b DIR [--layers N] [--config-only]
+    python benchmarks/shapes.py llama-2-7b DIR [--layers N] [--vocab N] [--config-only]
 
 Weights are normal, of a size at which every part of a block matters; the tokenizer is that of the model that ships with
 pared, whose ids lie within any of the vocabularies. --config-only writes config.json alone, which is all that
@@ -98,9 +98,11 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("path", type=Path)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--vocab", type=int)
     parser.add_argument("--config-only", action="store_true")
     args = parser.parse_args()
-    shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
+    other = {"num_hidden_layers": args.layers, "vocab_size": args.vocab}
+    shape = SHAPES[args.shape] | {name: n for name, n in other.items() if n}
     if args.config_only:
         write_config(args.path, shape)
     else:
