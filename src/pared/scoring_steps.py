@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +30,8 @@ class ScoringSteps:
         self._journal, self._scores, self._stream = journal, scores, stream
         self.first, self.finished = 0, False
         self.start: tuple[int, States] | None = None
-        self.back = Backward(stream.num_layers, self._inputs)
+        # Not a method of this: what is held in a circle is not let go at once.
+        self.back = Backward(stream.num_layers, functools.partial(_inputs, journal, stream))
         found = journal.last(STAGE, stream.pool, stream.device) if journal is not None else None
         if found is not None:
             self.first, record, tensors = found
@@ -59,10 +61,6 @@ class ScoringSteps:
     def finish(self) -> None:
         self._note(2 * self._stream.num_layers, {}, "scored", finished=True)
 
-    def _inputs(self, i: int) -> States:
-        assert self._journal is not None
-        return self._journal.part(STAGE, f"inputs-{i}", self._stream.pool, self._stream.device)
-
     def _note(
         self,
         at: int,
@@ -80,3 +78,8 @@ class ScoringSteps:
         visits = {str(k): counts.tolist() for k, counts in self._scores.visits.items()}
         record = {"visits": visits, "finished": finished, **(more or {})}
         self._journal.checkpoint(STAGE, step, at, record, tensors, parts=parts, last=finished)
+
+
+def _inputs(journal: Journal | None, stream: Stream, i: int) -> States:
+    assert journal is not None
+    return journal.part(STAGE, f"inputs-{i}", stream.pool, stream.device)
