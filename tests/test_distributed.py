@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tiny
 from pared.checkpoint import Checkpoint
@@ -67,7 +68,54 @@ def test_scores_are_those_of_one_process(tmp_path: Path, family: str, criteria: 
         assert plans[0].layers == plans[1].layers, criterion
 
 
-def test_the_default_method_writes_once_and_alike(tmp_path: Path) -> None:
+RECONSTRUCTED = """
+import sys, torch
+torch.set_num_threads(1)
+from safetensors.torch import save_file
+from torch import nn
+from pared.distributed import joined, own_parts, rank, size, total
+from pared.reconstruct import reconstruct
+with joined():
+    draw = torch.Generator().manual_seed(0)
+    rows = [3, 4, 4, 1, 4, 4, 2, 4, 4, 4, 1] if sys.argv[2] == "many" else [1]
+    batches = [torch.randn(n, 6, 8, generator=draw) for n in rows]
+    torch.manual_seed(1)
+    dense = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    small = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    parts, share = own_parts(rows)
+    here = torch.zeros(len(rows), dtype=torch.float64)
+    for b, part in share.parts.items():
+        here[b] = part
+    total(here)
+    assert torch.allclose(here, torch.ones_like(here), atol=1e-12), "all of each batch is somewhere"
+    mine = [batches[b][rows] for b, rows in parts.items()]
+    where = torch.cat(batches)[list(share.rows)]
+    assert torch.equal(torch.cat(mine), where)
+    with torch.no_grad():
+        wanted = [dense(h) for h in mine]
+    errors = reconstruct(small, lambda m, h: m(h), mine, wanted, steps=40, seed=0, held_out=4, share=share if size() > 1 else None)
+    same = torch.cat([p.detach().flatten() for p in small.parameters()])
+    summed = same.clone()
+    total(summed)
+    assert torch.equal(summed, size() * same), "all processes have the same weights"
+    if rank() == 0:
+        save_file({"weights": same, "errors": torch.tensor(errors)}, sys.argv[1] + str(size()))
+"""
+
+
+@pytest.mark.parametrize("rows", ["many", "one"])
+def test_gradient_descent_takes_its_steps_on_the_rows_of_all(tmp_path: Path, rows: str) -> None:
+    script = tmp_path / "reconstructed.py"
+    script.write_text(RECONSTRUCTED)
+    for processes in (1, 2):
+        torchrun(processes, script, tmp_path / "p", rows)
+    one, two = (load_file(tmp_path / f"p{n}") for n in (1, 2))
+    assert one["errors"][1] < one["errors"][0]
+    assert all(tiny.close(two[k], one[k], 1e-4) for k in one)
+
+
+@pytest.mark.parametrize("more", [(), ("--reconstruct", 10)])
+def test_a_refit_is_written_once_and_alike(tmp_path: Path, more: tuple[object, ...]) -> None:
     model = tiny.save(tiny.model("llama", vocab_size=1024), tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SRC / "pared" / "data" / "storyteller" / name, model / name)
@@ -75,7 +123,7 @@ def test_the_default_method_writes_once_and_alike(tmp_path: Path) -> None:
     sizes = ("--samples", 8, "--seq-len", 24, "--batch", 2, "--remove", 0.2)
     for processes in (1, 2):
         out = tmp_path / f"out{processes}"
-        torchrun(processes, "-m", "pared", "prune", model, "-o", out, "--calibration", tmp_path / "text.txt", *sizes)
+        torchrun(processes, "-m", "pared", "prune", model, "-o", out, "--calibration", tmp_path / "text.txt", *sizes, *more)
     one, two = (Checkpoint.open(tmp_path / f"out{n}") for n in (1, 2))
     assert Plan.load(one.path / "plan.json").layers == Plan.load(two.path / "plan.json").layers
     assert one.tensors.keys() == two.tensors.keys()

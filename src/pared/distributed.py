@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -106,3 +107,37 @@ def own_rows(rows: Sequence[T]) -> Sequence[T]:
 def first_row(rows: int, of: int | None = None) -> int:
     """The number of this process's first row among so many; of: of another process's."""
     return 0 if rows < size() else rows * (rank() if of is None else of) // size()
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of some batches' rows a process has. rows: the number of each among those of all processes.
+
+    parts: the number of each batch of which it has rows, in their order, and how much of that batch they are: 1 over all
+    processes. batches: how many there are.
+    """
+
+    rows: Sequence[int]
+    parts: Mapping[int, float]
+    batches: int
+
+
+def own_parts(rows: Sequence[int]) -> tuple[dict[int, slice], Share]:
+    """This process's rows of each batch that it has some of, where all work on the same batch together. rows: of each batch.
+
+    Where a process would have none of any, each has all of them, and they count for so many times less.
+    """
+    n = size()
+
+    def parts(of: int) -> dict[int, slice]:
+        found = {}
+        for b, count in enumerate(rows):
+            at = (of + b) % n  # batches of fewer rows than processes come to each in turn
+            found[b] = slice(count * at // n, count * (at + 1) // n)
+        return {b: s for b, s in found.items() if s.stop > s.start}
+
+    every = [parts(r) for r in range(n)]
+    mine, share = (every[rank()], 1.0) if all(every) else ({b: slice(0, k) for b, k in enumerate(rows)}, 1 / n)
+    first = [sum(rows[:b]) for b in range(len(rows))]
+    numbers = [first[b] + k for b, s in mine.items() for k in range(s.start, s.stop)]
+    return mine, Share(numbers, {b: share * (s.stop - s.start) / rows[b] for b, s in mine.items()}, len(rows))

@@ -180,7 +180,7 @@ def _activation_visitor(
             group = make_group(stream.layout, axis, i, weights)
             for name, dim in (group.inputs if group else {}).items():
                 w = weights[name]
-                watched.setdefault(name, Moments.zeros(w.shape[dim], w.shape[0] if w.ndim == 3 else None))
+                watched.setdefault(name, Moments.zeros(w.shape[dim], w.shape[0] if w.ndim == 3 else None, w.device))
 
         def observe(name: str, x: Tensor, expert: int | None) -> None:
             watched[name].add(x, expert)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from pared.distributed import Share, total_by_name, total_of
+
 # Step of Adam, as a share of each tensor's root mean square: 3e-3 on weights of size 0.1.
 RELATIVE_RATE = 3e-2
 CHECKS = 5
@@ -28,28 +30,36 @@ def reconstruct(
     steps: int,
     seed: int,
     held_out: int = 8,
+    share: Share | None = None,
 ) -> tuple[float, float]:
     """Train `block` in place so that run(block, inputs[b]) comes near targets[b], each [rows, s, hidden].
 
     Every `held_out`-th batch is kept aside: the weights that do best on it stay, and those are the ones the block came
-    with if no step helped. Returns the held-out error before and after: the
+    with if no step helped. share: what of all batches is here, where several processes have a part of each; a step then
+    takes the gradient over the rows of all of them. Returns the held-out error before and after: the
     mean over tokens of the squared distance relative to the target's mean square.
     """
-    aside = [b for b in range(len(inputs)) if b % held_out == held_out - 1] or [len(inputs) - 1]
-    used = [b for b in range(len(inputs)) if b not in aside] or aside
+    count = len(inputs) if share is None else share.batches
+    place = {number: b for b, number in enumerate(range(count) if share is None else share.parts)}
+    aside = [b for b in range(count) if b % held_out == held_out - 1] or [count - 1]
+    used = [b for b in range(count) if b not in aside] or aside
     parameters = [p for p in block.parameters() if p.is_floating_point()]
     rates = [RELATIVE_RATE * float(p.detach().float().square().mean().sqrt()) for p in parameters]
     groups = [{"params": [p], "lr": r, "rate": r} for p, r in zip(parameters, rates, strict=True) if r > 0]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
 
-    def loss_on(b: int) -> Tensor:
+    def loss_on(number: int) -> Tensor:
+        """Of a batch's rows here, weighted by what they are of all."""
+        b = place[number]
         wrong = (run(block, inputs[b]) - targets[b]).float().square().mean(-1)
-        return (wrong / targets[b].float().square().mean(-1).clamp(min=1e-12)).mean()
+        loss = (wrong / targets[b].float().square().mean(-1).clamp(min=1e-12)).mean()
+        return loss if share is None else loss * share.parts[number]
 
     def error() -> float:
         with torch.no_grad():
-            return sum(float(loss_on(b)) for b in aside) / len(aside)
+            here = sum(float(loss_on(b)) for b in aside if b in place)
+        return (here if share is None else total_of(here)) / len(aside)
 
     before = best = error()
     kept = [p.detach().clone() for p in parameters]
@@ -60,8 +70,12 @@ def reconstruct(
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * (1 + math.cos(math.pi * step / steps)) / 2
         order = order or torch.randperm(len(used), generator=generator).tolist()
-        with torch.enable_grad():
-            loss_on(used[order.pop()]).backward()
+        number = used[order.pop()]
+        if number in place:
+            with torch.enable_grad():
+                loss_on(number).backward()
+        if share is not None:
+            _sum_gradients(parameters)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % max(1, steps // CHECKS) == 0 or step == steps - 1:
@@ -73,3 +87,11 @@ def reconstruct(
             p.copy_(value)
             p.requires_grad_(False)
     return before, best
+
+
+def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Over the processes; a tensor that has none in any keeps none."""
+    found = {str(k): p.grad.float() for k, p in enumerate(parameters) if p.grad is not None}
+    total_by_name(found, {str(k): p for k, p in enumerate(parameters)})
+    for k, p in enumerate(parameters):
+        p.grad = found[str(k)].to(p.dtype) if str(k) in found else None

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pared.budget import Amount, Budget
 from pared.budget.select import check_amount, recount
-from pared.calibration import Calibration, together
+from pared.calibration import Batch, Calibration, together
 from pared.compensate import Reached, Refitted, compensate
 from pared.criteria import get_criterion
-from pared.distributed import first_row, own_rows, rank, size
+from pared.distributed import Share, first_row, once, own_parts, own_rows, rank, size
 from pared.effort import reselected
 from pared.errors import UsageError
 from pared.estimate import Progress, silent
@@ -33,6 +33,7 @@ from pared.retokenize import Retokenized, check_vocabulary, keep_tokens, retoken
 from pared.scores import Scores
 from pared.slots import with_slots
 from pared.source import Source
+from pared.stream import unpadded
 from pared.surgery import Turned, cut_refitted
 from pared.walk import Method
 from pared.writer import CheckpointWriter
@@ -75,10 +76,7 @@ def refit_blocks(
         return None
     means = means or Means(Resources(recipe.batch))
     stream = means.stream(source, recipe)
-    if recipe.reconstruct and size() > 1:
-        raise UsageError("gradient descent on blocks runs in one process", where="--reconstruct", fix="--reconstruct 0")
-    rows = (calibration or calibrate(source, recipe)).batches(1)
-    batches, stream.first_row = together(own_rows(rows), means.resources.batch), first_row(len(rows))
+    batches, stream.share = _shared(calibration or calibrate(source, recipe), means.resources.batch, bool(recipe.reconstruct))
     method = Method(
         mode=recipe.compensate or "sequential",
         reselect=reselected(recipe, source.layout),
@@ -87,6 +85,22 @@ def refit_blocks(
         seed=recipe.seed,
     )
     return compensate(stream, plan, batches, method, progress=progress, reached=reached)
+
+
+def _shared(calibration: Calibration, batch: int, at_once: bool) -> tuple[list[Batch], Share | None]:
+    """The batches of this process, and what they are of those of all; None where it is the only one.
+
+    at_once: all processes work on the same batch at the same time, as gradient descent takes one batch after the other.
+    """
+    rows = calibration.batches(1)
+    if size() == 1:
+        return together(rows, batch), None
+    if not at_once:
+        first, mine = first_row(len(rows)), own_rows(rows)
+        return together(mine, batch), Share(range(first, first + len(mine)), {}, 0)
+    every = unpadded(together(rows, once(lambda: batch)))
+    parts, share = own_parts([len(b.input_ids) for b in every])
+    return [Batch(every[b].input_ids[rows], None) for b, rows in parts.items()], share
 
 
 def chosen_again(plan: Plan, refitted: Iterator[Refitted] | None) -> Plan:

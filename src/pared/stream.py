@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pared import modeling, process
 from pared.calibration import Batch
 from pared.checkpoint import Checkpoint
+from pared.distributed import Share
 from pared.errors import ModelError
 from pared.spill import Pool, States
 from pared.structure import Layout
@@ -115,7 +116,7 @@ class Stream:
     ) -> None:
         self.layout, self.dtype, self.device = layout, dtype, torch.device(device)
         self.pool = pool or Pool()
-        self.first_row = 0  # the number of the first sequence here among those of all processes
+        self.share: Share | None = None  # which of the sequences of all processes are here, where they are some
         if isinstance(source, PreTrainedModel):
             self.model, self.weights = source, None
             self.device = next(source.parameters()).device

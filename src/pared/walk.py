@@ -163,6 +163,7 @@ class Walk:
                 after,
                 steps=self.method.steps,
                 seed=self.method.seed + self.i,
+                share=self.stream.share,
             )
             self.changed = {n: p.detach() for n, p in module.named_parameters()}
         return self.stream.through(module, self.i, entered)
@@ -193,6 +194,10 @@ class Walk:
     def _stored(self, name: str, w: Tensor) -> Tensor:
         return stored(self.layout, self._full(name), w, self.weights[name].dtype)
 
+    def _row(self, k: int) -> int:
+        """The number of the k-th sequence here among those of all processes."""
+        return k if self.stream.share is None else self.stream.share.rows[k]
+
     # ---- the refits ------------------------------------------------------------------------------------------------
 
     def _sums(self, n: int, out: int, tokens: int) -> list[Sums]:
@@ -205,14 +210,14 @@ class Walk:
         module = self._module(self._done(dense.stages.order[:stage]))
         width = self._weight(group[0]).shape[1]
         fit, held = self._sums(width, width, _tokens(now, few) // 2)
-        row = self.stream.first_row
+        row = 0
         for b, shape in enumerate(now[:few].like()):
-            used = [k for k in range(shape.shape[0]) if (row + k) // HELD_OUT % 2 == 0]
+            used = [k for k in range(shape.shape[0]) if self._row(row + k) // HELD_OUT % 2 == 0]
             if used:  # half of them: these are few numbers, and close to what they were
                 h = reads(self.stream, self.block, self.i, dense.stages, stage, group[0], dense.at[b])
                 a = reads(self.stream, module, self.i, dense.stages, stage, group[0], now[b])
                 for k in used:
-                    _add(fit, held, a[k], h[k], row + k)
+                    _add(fit, held, a[k], h[k], self._row(row + k))
                 del h, a
             row += shape.shape[0]
         del module
@@ -243,12 +248,12 @@ class Walk:
         w = self._weight(name)
         sums = self._sums(w.shape[1], w.shape[0], _tokens(now, few)) if fits else []
         waiting = self.stream.pool.store()
-        row = self.stream.first_row
+        row = 0
         for b in range(few):
             a, target = self._fitted_to(stage, dense, now, b, module, same=same, needed=fits or moves, bridge=bridge)
             if fits:
                 for k in range(len(a)):
-                    _add(sums[0], sums[1], a[k], target[k], row + k)
+                    _add(sums[0], sums[1], a[k], target[k], self._row(row + k))
             if moves:
                 waiting.append(a)
             row += len(a)

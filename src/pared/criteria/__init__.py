@@ -119,20 +119,19 @@ class Moments:
     square: Tensor
 
     @classmethod
-    def zeros(cls, n: int, experts: int | None = None) -> Moments:
+    def zeros(cls, n: int, experts: int | None = None, device: torch.device | str = "cpu") -> Moments:
         shape = (n,) if experts is None else (experts, n)
-        return cls(
-            torch.zeros((*shape[:-1], 1), dtype=torch.float64), *(torch.zeros(shape, dtype=torch.float64) for _ in range(3))
-        )
+        sums = [torch.zeros(size, dtype=torch.float64, device=device) for size in ((*shape[:-1], 1), shape, shape, shape)]
+        return cls(*sums)
 
     def add(self, x: Tensor, expert: int | None = None) -> None:
         """Add tokens: x [tokens, n]."""
         x = x.float()
         at = slice(None) if expert is None else expert
         self.count[at] += x.shape[0]
-        self.total[at] += x.sum(0).double().cpu()
-        self.absolute[at] += x.abs().sum(0).double().cpu()
-        self.square[at] += x.square().sum(0).double().cpu()
+        self.total[at] += x.sum(0).double()
+        self.absolute[at] += x.abs().sum(0).double()
+        self.square[at] += x.square().sum(0).double()
 
     @property
     def norm(self) -> Tensor:
