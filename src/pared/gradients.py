@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,19 +158,16 @@ def walk_back(
         inputs = state.take(i)
         with stream.block(i) as block:
             parameters = {n: p for n, p in block.named_parameters() if weights and p.is_floating_point()}
-            before = {n: (p.requires_grad, p.grad) for n, p in parameters.items()}
-            for p in parameters.values():
-                p.requires_grad_(True)
-                p.grad = None  # what a live model has there already is not of this loss
             found = WeightGradients()
-            with _without_value(block, state.last[i]), around(i, block) if around else contextlib.nullcontext():
+            with (
+                _differentiated(parameters.values()),
+                _without_value(block, state.last[i]),
+                around(i, block) if around else contextlib.nullcontext(),
+            ):
                 for b, hidden in enumerate(inputs.drain()):
                     gradients[b] = _through_block(
                         stream, block, i, hidden, gradients[b], state.tokens, parameters, found, squared, sequences
                     )
-            for n, p in parameters.items():
-                flag, p.grad = before[n]
-                p.requires_grad_(flag)
             total_by_name(found.first, parameters)
             if squared:
                 total_by_name(found.squared, parameters)
@@ -179,6 +176,21 @@ def walk_back(
         state.left = i
         if i:
             went(state, "scores of a block")
+
+
+@contextlib.contextmanager
+def _differentiated(parameters: Collection[nn.Parameter]) -> Iterator[None]:
+    """Parameters take gradients, and have none yet; what a live model has there already is not of this loss."""
+    before = [(p, p.requires_grad, p.grad) for p in parameters]
+    try:
+        for p in parameters:
+            p.requires_grad_(True)
+            p.grad = None
+        yield
+    finally:
+        for p, flag, grad in before:
+            p.grad = grad
+            p.requires_grad_(flag)
 
 
 class _LinearWithoutValue(torch.autograd.Function):

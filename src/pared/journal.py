@@ -50,6 +50,8 @@ STEPS = (
 FAULT, REACHED, EVERY = "PARED_FAULT", "PARED_STEPS_REACHED", "PARED_EVERY_STEP"
 # A step within a stage is made durable when it would cost at most this share of the time since the last one.
 SHARE = 0.1
+# What the record of a stage holds: how far it is, its tensors' file, its parts, and what it was given.
+_STAGE = ("at", "tensors", "parts", "record")
 # Fewer bytes than this take as long to write: the disk is mostly waited for.
 FEW = 16 << 20
 
@@ -150,6 +152,15 @@ class Journal:
         for path in sorted(self.folder.glob(f"{glob.escape(self._prefix)}*"), key=lambda p: p.suffix != ".json"):
             path.unlink()  # records first: without them the rest means nothing
 
+    def forget_stages(self) -> None:
+        """Remove all checkpoints of stages, in every part of the run; what else is noted stays."""
+        for record in self.folder.glob("*.json"):
+            found = json.loads(record.read_bytes())
+            if isinstance(found, dict) and tuple(found) == _STAGE:
+                record.unlink()
+                for tensors in self.folder.glob(f"{glob.escape(record.stem)}-*.tensors"):
+                    tensors.unlink()
+
     def write_tensors(self, name: str, tensors: Mapping[str, Sequence[Tensor]]) -> None:
         """Lists of tensors by name, durably, one tensor in memory at a time."""
         infos = _infos(tensors)
@@ -202,7 +213,7 @@ class Journal:
         name = f"{stage}-{at}"
         self.write_tensors(name, tensors)
         what = record() if callable(record) else record
-        self.write(stage, {"at": at, "tensors": name, "parts": [*parts], "record": what})
+        self.write(stage, dict(zip(_STAGE, (at, name, [*parts], what), strict=True)))
         gone = {before["tensors"], *(f"{stage}-{part}" for part in before["parts"])} if before is not None else set()
         for old in gone - {name, *(f"{stage}-{part}" for part in parts)}:
             self._path(f"{old}.tensors").unlink(missing_ok=True)

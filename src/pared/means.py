@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,8 +13,8 @@ import torch
 
 from pared import modeling
 from pared.calibration import Calibration
-from pared.distributed import once
-from pared.errors import UsageError
+from pared.distributed import once, size
+from pared.errors import ResourceError, UsageError
 from pared.estimate import Progress
 from pared.footprint import Footprint
 from pared.journal import Journal, reached
@@ -50,14 +51,24 @@ class Means:
 
 
 def backing_off(means: Means, work: Callable[[], Result]) -> Result:
-    """Do some work again with half the batch where a device runs out of memory, up to three times."""
+    """Do some work again with half the batch where a device runs out of memory, up to three times.
+
+    What the journal holds of it was made with the larger batch, and is let go. ResourceError where several processes
+    work together: the others are in the middle of sums that this one would not come to.
+    """
     for attempt in range(4):
         try:
             return work()
-        except torch.OutOfMemoryError:
-            if attempt == 3 or means.resources.batch == 1:
-                raise
+        except torch.OutOfMemoryError as error:
+            batch = means.resources.batch
+            if attempt == 3 or batch == 1 or size() > 1:
+                fix = f"--batch {max(1, batch // 2)}" if batch > 1 else "a shorter --seq-len, or --dtype bfloat16"
+                raise ResourceError(f"out of memory: {error}", where=f"--batch {batch}", fix=fix) from error
             means.resources = means.resources.smaller()
+        if means.journal is not None:
+            means.journal.forget_stages()
+            means.journal.write("batch", means.resources.batch)
+        gc.collect()  # what the error came from may hold tensors in a circle
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     raise AssertionError("the last attempt returns or raises")

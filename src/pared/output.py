@@ -32,13 +32,15 @@ from pared.writer import CheckpointWriter
 class Written:
     """Blocks of the result that are written, in a journal where there is one, and where the walk that refits them is."""
 
-    def __init__(self, journal: Journal | None, writer: CheckpointWriter, pool: Pool) -> None:
+    def __init__(
+        self, journal: Journal | None, writer: CheckpointWriter, pool: Pool, device: torch.device | str = "cpu"
+    ) -> None:
         self._journal, self._writer = journal, writer
         self.first, self.begun = 0, False
         self.reached: Reached | None = None
         self._record: dict[str, Any] = {}
         self._layers: list[LayerPlan] = []
-        found = journal.last("blocks", pool) if journal is not None else None
+        found = journal.last("blocks", pool, device) if journal is not None else None
         if found is not None:
             self.first, self._record, states = found
             self.begun = True
@@ -50,8 +52,7 @@ class Written:
     def resume(self, plan: Plan) -> Plan:
         """Have the writer go on, or begin; the plan with the units that were chosen so far."""
         if not self.begun:
-            if self._journal is not None or self._writer.waiting:
-                self._writer.begin_anew()
+            self._writer.begin_anew()
             return plan
         self._writer.restore(self._record["writer"])
         for i, layer in enumerate(self._layers):

@@ -50,6 +50,25 @@ def return_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def with_index(device: torch.device | str) -> torch.device:
+    """The device itself: "cuda" alone means another one in each thread, and in each of several processes."""
+    import torch
+
+    device = torch.device(device)
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def device_bytes(device: torch.device | str, *, most: bool = False) -> int:
+    """What torch's allocator has given out on a device now, or at most so far; 0 on a CPU."""
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return 0
+    return torch.cuda.max_memory_allocated(device) if most else torch.cuda.memory_allocated(device)
+
+
 def now(device: torch.device) -> float:
     """Seconds on a clock, read when what was given to the device is done."""
     if device.type == "cuda":

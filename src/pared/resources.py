@@ -13,7 +13,7 @@ import torch
 
 from pared.errors import ResourceError, UsageError
 from pared.footprint import Footprint, parse_size, show_size
-from pared.process import resident_bytes
+from pared.process import device_bytes, resident_bytes
 from pared.recipe import Recipe
 from pared.spill import Pool
 
@@ -94,7 +94,7 @@ def choose(
         rooms: tuple[int | None, int | None] = (limits.memory and limits.memory - need.base, None)
         where = limits.spill or beside if limits.memory is not None else None
         return Resources(batch, rooms[0], rooms[1], where, block >= _WORTH_AHEAD, need.peak(batch, None, ahead=block > 0))
-    need = replace(need, base=0) if on_device else need
+    need = replace(need, base=device_bytes(device)) if on_device else need  # a live model may lie there
     least = need.peak(1, 0)
     if bound < least:
         raise ResourceError(

@@ -26,6 +26,7 @@ from pared.means import Means, backing_off, key_of, noted_calibration, resources
 from pared.output import Written, turned_by, write_pruned
 from pared.plan import Plan
 from pared.planning import budget_of, noted_plan
+from pared.process import device_bytes
 from pared.recipe import Recipe, make_recipe
 from pared.resolve import calibrate, resolve, scored_axes
 from pared.resources import Limits, Resources, check_disk, used
@@ -259,6 +260,8 @@ def prune(
     if need is not None:
         read = source.checkpoint.bytes_read if source.checkpoint else 0
         report["resources"] = used(need, means.resources, means.pools, read)
+        if most := device_bytes(recipe.device, most=True):
+            report["resources"]["device_peak"] = most
     return Pruned(result, plan, report, scores, vocabulary.tokenizer if vocabulary else source.tokenizer)
 
 
@@ -272,5 +275,5 @@ def _write(
     means: Means,
     turned: Turned,
 ) -> tuple[Path, Plan]:
-    steps = Written(means.journal if size() == 1 else None, writer, means.resources.pool())
+    steps = Written(means.journal if size() == 1 else None, writer, means.resources.pool(), recipe.device)
     return write_pruned(source, plan, writer, recipe, refitted(steps.reached), vocabulary, steps, turned)

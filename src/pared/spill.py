@@ -58,11 +58,12 @@ class Pool:
             return self._to_disk(tensor, nbytes)
         if self.device_room is None or self.device_held + nbytes <= self.device_room:
             return _Kept(self, tensor, nbytes, "device_held")
-        if self.room is None or self.held + nbytes <= self.room:
+        locked = 1 << max(0, nbytes - 1).bit_length()  # torch gives page-locked memory out in powers of two
+        if self.room is None or self.held + locked <= self.room:
             # Page-locked, so that the way back overlaps with what the device is doing.
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             host.copy_(tensor)
-            return _Kept(self, host, nbytes, "held", device=tensor.device)
+            return _Kept(self, host, locked, "held", device=tensor.device)
         return self._to_disk(tensor, nbytes)
 
     def _to_disk(self, tensor: Tensor, nbytes: int) -> _Kept:

@@ -73,6 +73,8 @@ class _Ahead:
         self._weights, self._dtype, self._device = weights, dtype, device
         self._layout = layout
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="pared-ahead")
+        if device.type == "cuda":  # memory is page-locked for the current device, which every thread has one of
+            self._reader.submit(torch.cuda.set_device, device)
         self._last: int | None = None
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._since = self._reading = 0.0
@@ -114,7 +116,7 @@ class Stream:
         pool: Pool | None = None,
         ahead: bool = False,
     ) -> None:
-        self.layout, self.dtype, self.device = layout, dtype, torch.device(device)
+        self.layout, self.dtype, self.device = layout, dtype, process.with_index(device)
         self.pool = pool or Pool()
         self.share: Share | None = None  # which of the sequences of all processes are here, where they are some
         if isinstance(source, PreTrainedModel):

@@ -179,14 +179,10 @@ class CheckpointWriter:
             self._spool.truncate(sum(t.nbytes for t in self._pending))
             self._spool.seek(0, os.SEEK_END)
 
-    @property
-    def waiting(self) -> bool:
-        """Whether an earlier run's remains are here, which it has not been told yet what to do with."""
-        return self._waiting
-
     def begin_anew(self) -> None:
-        """Remove what an earlier run wrote, but for its journal."""
+        """Remove what was written here so far, by an earlier run or by this one, but for the journal."""
         self._waiting = False
+        self._names, self._files, self._pending, self._shards = set(), {}, [], []
         self._spool.close()
         self._wipe({FOLDER})
         self._new_spool()
