@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 import tiny
 from pared.checkpoint import Checkpoint
+from pared.journal import EVERY, FAULT, REACHED
 from pared.plan import Plan
-from written import SRC
+from written import SRC, content
 
 SCORES = """
 import sys, torch
@@ -36,12 +37,22 @@ with joined():
 """
 
 
-def torchrun(processes: int, *arguments: object) -> None:
-    env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+def torchrun(processes: int, *arguments: object, fails: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", **variables}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, *map(str, arguments)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert fails or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def with_text(folder: Path) -> tuple[Path, Path]:
+    """A tiny model with a tokenizer, and text."""
+    model = tiny.save(tiny.model("llama", vocab_size=1024), folder / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(SRC / "pared" / "data" / "storyteller" / name, model / name)
+    (folder / "text.txt").write_text("Once upon a time there was a small model. " * 100)
+    return model, folder / "text.txt"
 
 
 @pytest.mark.parametrize(
@@ -116,19 +127,33 @@ def test_gradient_descent_takes_its_steps_on_the_rows_of_all(tmp_path: Path, row
 
 @pytest.mark.parametrize("more", [(), ("--reconstruct", 10)])
 def test_a_refit_is_written_once_and_alike(tmp_path: Path, more: tuple[object, ...]) -> None:
-    model = tiny.save(tiny.model("llama", vocab_size=1024), tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(SRC / "pared" / "data" / "storyteller" / name, model / name)
-    (tmp_path / "text.txt").write_text("Once upon a time there was a small model. " * 100)
+    model, calibration = with_text(tmp_path)
     sizes = ("--samples", 8, "--seq-len", 24, "--batch", 2, "--remove", 0.2)
     for processes in (1, 2):
         out = tmp_path / f"out{processes}"
-        torchrun(processes, "-m", "pared", "prune", model, "-o", out, "--calibration", tmp_path / "text.txt", *sizes, *more)
+        torchrun(processes, "-m", "pared", "prune", model, "-o", out, "--calibration", calibration, *sizes, *more)
     one, two = (Checkpoint.open(tmp_path / f"out{n}") for n in (1, 2))
     assert Plan.load(one.path / "plan.json").layers == Plan.load(two.path / "plan.json").layers
     assert one.tensors.keys() == two.tensors.keys()
     assert all(tiny.close(two.read(n).float(), one.read(n).float(), 2e-2) for n in one.tensors)
     assert sorted(p.name for p in one.path.iterdir()) == sorted(p.name for p in two.path.iterdir())
+
+
+def test_a_walk_of_several_processes_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    model, calibration = with_text(tmp_path)
+    sizes = ("--samples", 6, "--seq-len", 12, "--batch", 4, "--remove", 0.3, "--structures", "ffn", "--compensate", "refit")
+    flags = (model, "--calibration", calibration, "--criterion", "l2", *sizes)
+    every = {EVERY: "1", REACHED: str(tmp_path / "reached")}
+    assert torchrun(2, "-m", "pared", "prune", "-o", tmp_path / "whole", *flags, **every).returncode == 0
+    steps = (tmp_path / "reached").read_text().splitlines()
+    (tmp_path / "reached").unlink()
+    killed = torchrun(2, "-m", "pared", "prune", "-o", tmp_path / "out", *flags, fails=True, **every, **{FAULT: "block:2"})
+    assert killed.returncode != 0 and not (tmp_path / "out").exists()
+    (tmp_path / "reached").unlink()
+    torchrun(2, "-m", "pared", "prune", "-o", tmp_path / "out", *flags, **every)
+    rest = steps[steps.index("block") + 2 :]
+    assert (tmp_path / "reached").read_text().splitlines() == ["claimed", *rest], "two blocks are not done again"
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_in_one_process_nothing_is_summed_or_split() -> None:

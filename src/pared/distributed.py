@@ -74,6 +74,11 @@ def total_of(value: float) -> float:
     return float(box)
 
 
+def together() -> None:
+    """Wait until all processes are here."""
+    total_of(0.0)
+
+
 def total_by_name(found: dict[str, Tensor], like: Mapping[str, Tensor]) -> None:
     """The same for named tensors that some processes may lack: those are zero there. like: all names, with shapes."""
     if size() == 1:

@@ -1,7 +1,8 @@
 """The journal of a run: what it has done so far, durable step by step, so that the same command goes on where it was.
 
 It lies in the output that is being made (OUT.partial). Every step is written to the disk before it is named as done, by
-one rename; what a kill leaves half written is not looked at again.
+one rename; what a kill leaves half written is not looked at again. Several processes each write tensors of their own there;
+the first one names a step as done when all have.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pared.distributed import once, rank, together
+from pared.distributed import size as size_of_all
 from pared.durable import sync, sync_folder, write_whole
 from pared.errors import Interrupted, UsageError
 from pared.spill import Pool, States
@@ -50,8 +53,8 @@ STEPS = (
 FAULT, REACHED, EVERY = "PARED_FAULT", "PARED_STEPS_REACHED", "PARED_EVERY_STEP"
 # A step within a stage is made durable when it would cost at most this share of the time since the last one.
 SHARE = 0.1
-# What the record of a stage holds: how far it is, its tensors' file, its parts, and what it was given.
-_STAGE = ("at", "tensors", "parts", "record")
+# What the record of a stage holds: how far it is, its tensors' file, its parts, what it was given, and by how many processes.
+_STAGE = ("at", "tensors", "parts", "record", "processes")
 # Fewer bytes than this take as long to write: the disk is mostly waited for.
 FEW = 16 << 20
 
@@ -64,7 +67,7 @@ def reached(step: str) -> None:
     if step not in STEPS:
         raise ValueError(f"{step!r} is no durable step")
     _counts[step] = _counts.get(step, 0) + 1
-    if log := os.environ.get(REACHED):
+    if (log := os.environ.get(REACHED)) and rank() == 0:
         with open(log, "a") as stream:
             stream.write(step + "\n")
     name, _, number = os.environ.get(FAULT, "").partition(":")
@@ -121,6 +124,14 @@ class Journal:
             self.clear()
             self.folder.mkdir(exist_ok=True)
             self.write("key", key)
+
+    @classmethod
+    def of_first(cls, folder: Path) -> Journal:
+        """The journal that the first of several processes opened in an output, for another one, which writes no records."""
+        other = object.__new__(cls)
+        other.folder, other._prefix, other.resumed = folder / FOLDER, "", True
+        other._saved, other._cost, other._size = time.monotonic(), 0.0, 0
+        return other
 
     def clear(self) -> None:
         """Forget everything."""
@@ -195,7 +206,7 @@ class Journal:
     ) -> bool:
         """A stage has come so far. Made durable where the time since the last one warrants it; returns whether it was.
 
-        parts: what does not change any more and is written once, by name, for as long as it is among them. None: it was
+        All processes come here together; the record is that of the first.         parts: what does not change any more and is written once, by name, for as long as it is among them. None: it was
         among them before, in this run or the one that it goes on from.
         """
         parts = parts or {}
@@ -204,19 +215,22 @@ class Journal:
         if lost := [name for name, values in parts.items() if values is None and name not in known]:
             raise ValueError(f"the journal does not hold {', '.join(lost)} of {stage}")
         size = sum(t.nbytes for values in (tensors, *({n: v} for n, v in new.items())) for t in _infos(values))
-        if not (last or _stop or os.environ.get(EVERY) or self._worth(size)):
+        if not once(lambda: bool(last or _stop or os.environ.get(EVERY) or self._worth(size))):
             return False
         started = time.monotonic()
         before = self.read(stage)
         for part, values in new.items():
-            self.write_tensors(f"{stage}-{part}", {part: values})
+            self.write_tensors(_own(f"{stage}-{part}"), {part: values})
         name = f"{stage}-{at}"
-        self.write_tensors(name, tensors)
-        what = record() if callable(record) else record
-        self.write(stage, dict(zip(_STAGE, (at, name, [*parts], what), strict=True)))
+        self.write_tensors(_own(name), tensors)
+        together()
+        if rank() == 0:
+            what = record() if callable(record) else record
+            self.write(stage, dict(zip(_STAGE, (at, name, [*parts], what, size_of_all()), strict=True)))
+        together()
         gone = {before["tensors"], *(f"{stage}-{part}" for part in before["parts"])} if before is not None else set()
         for old in gone - {name, *(f"{stage}-{part}" for part in parts)}:
-            self._path(f"{old}.tensors").unlink(missing_ok=True)
+            self._path(f"{_own(old)}.tensors").unlink(missing_ok=True)
         self._saved = time.monotonic()
         self._cost, self._size = self._saved - started, size
         reached(step)
@@ -230,16 +244,24 @@ class Journal:
     def last(
         self, stage: str, pool: Pool | None = None, device: torch.device | str | None = None
     ) -> tuple[int, Any, dict[str, States]] | None:
-        """How far a stage had come: what was given to its last durable checkpoint. None where it has not begun."""
-        found = self.read(stage)
-        return None if found is None else (found["at"], found["record"], self.read_tensors(found["tensors"], pool, device))
+        """How far a stage had come: what was given to its last durable checkpoint. None where it has not begun, or with
+        another number of processes."""
+        found = once(lambda: self.read(stage))
+        if found is None or found["processes"] != size_of_all():
+            return None
+        return found["at"], found["record"], self.read_tensors(_own(found["tensors"]), pool, device)
 
     def part(self, stage: str, name: str, pool: Pool | None = None, device: torch.device | str | None = None) -> States:
         """One of the parts of a stage's last checkpoint."""
-        return self.read_tensors(f"{stage}-{name}", pool, device)[name]
+        return self.read_tensors(_own(f"{stage}-{name}"), pool, device)[name]
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{self._prefix}{name}"
+
+
+def _own(name: str) -> str:
+    """What a file of tensors is called that each of several processes has one of."""
+    return name if size_of_all() == 1 else f"{name}-of-{rank()}"
 
 
 def _infos(tensors: Mapping[str, Sequence[Tensor]]) -> list[TensorInfo]:

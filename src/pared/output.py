@@ -30,10 +30,13 @@ from pared.writer import CheckpointWriter
 
 
 class Written:
-    """Blocks of the result that are written, in a journal where there is one, and where the walk that refits them is."""
+    """Blocks of the result that are written, in a journal where there is one, and where the walk that refits them is.
+
+    writer: None in all but the first of several processes, which follow what that one writes.
+    """
 
     def __init__(
-        self, journal: Journal | None, writer: CheckpointWriter, pool: Pool, device: torch.device | str = "cpu"
+        self, journal: Journal | None, writer: CheckpointWriter | None, pool: Pool, device: torch.device | str = "cpu"
     ) -> None:
         self._journal, self._writer = journal, writer
         self.first, self.begun = 0, False
@@ -52,9 +55,11 @@ class Written:
     def resume(self, plan: Plan) -> Plan:
         """Have the writer go on, or begin; the plan with the units that were chosen so far."""
         if not self.begun:
-            self._writer.begin_anew()
+            if self._writer is not None:
+                self._writer.begin_anew()
             return plan
-        self._writer.restore(self._record["writer"])
+        if self._writer is not None:
+            self._writer.restore(self._record["writer"])
         for i, layer in enumerate(self._layers):
             plan = plan.with_layer(i, layer)
         return plan
@@ -71,16 +76,33 @@ class Written:
             states["dense"] = at.dense
             if at.pruned is not None:
                 states["pruned"] = at.pruned
-        if count == total:
-            self._writer.flush()
+        writer = self._writer
+        if count == total and writer is not None:
+            writer.flush()
 
         def record() -> dict[str, Any]:
             layers = [own.model_dump(mode="json") for own in self._layers]
-            return {"writer": self._writer.state(), "layers": layers, "source": at.layer if at is not None else 0}
+            state = writer.state() if writer is not None else None
+            return {"writer": state, "layers": layers, "source": at.layer if at is not None else 0}
 
         step = "block" if count else "outside"
-        if self._journal.checkpoint("blocks", step, count, record, states, last=count in (0, total)):
-            self._writer.forget_spools()
+        done = self._journal.checkpoint("blocks", step, count, record, states, last=count in (0, total))
+        if done and writer is not None:
+            writer.forget_spools()
+
+
+def follow_written(plan: Plan, refitted: Iterator[Refitted] | None, steps: Written) -> Plan:
+    """What `write_pruned` does in the first of several processes, in another one: it refits with it, and writes nothing."""
+    plan, total = steps.resume(plan), len(plan.layers)
+    if not steps.begun:
+        steps.done(0, total, None)
+    for i in range(steps.first, total):
+        done = next(refitted) if refitted is not None else None
+        if done is not None:
+            plan = plan.with_layer(i, done.layer)
+        steps.done(i + 1, total, done)
+        del done
+    return plan
 
 
 def add_config(writer: CheckpointWriter, config: PreTrainedConfig, per_layer: PerLayer, model: PreTrainedModel) -> None:

@@ -17,13 +17,13 @@ from pared.budget.select import check_amount, recount
 from pared.calibration import Batch, Calibration, together
 from pared.compensate import Reached, Refitted, compensate
 from pared.criteria import get_criterion
-from pared.distributed import Share, first_row, once, own_parts, own_rows, rank, size
+from pared.distributed import Share, first_row, once, own_parts, own_rows, rank, size, total_of
 from pared.effort import reselected
 from pared.errors import UsageError
 from pared.estimate import Progress, silent
 from pared.journal import Journal, reached, stopping_at_steps
 from pared.means import Means, backing_off, key_of, noted_calibration, resources_of, tell
-from pared.output import Written, turned_by, write_pruned
+from pared.output import Written, follow_written, turned_by, write_pruned
 from pared.plan import Plan
 from pared.planning import budget_of, noted_plan
 from pared.process import device_bytes
@@ -199,6 +199,8 @@ def prune(
     claim = _writer(source, out or "", overwrite, not live) if writes else contextlib.nullcontext()
     with stopping_at_steps() if writes else contextlib.nullcontext(), claim as writer:
         means = Means(resources)
+        if size() > 1:  # batches of one size, for their rows to be where they were when the run goes on
+            means.resources = replace(resources, batch=once(lambda: resources.batch))
         if writer is not None and source.checkpoint is not None:
             means.journal = Journal(writer.partial, key_of(source, recipe, ids), restart=restart)
             # What is free may be more or less by now; another batch would round otherwise.
@@ -209,6 +211,15 @@ def prune(
             reached("claimed")
             least = source.checkpoint.nbytes * (1 - recipe.share if recipe.of in ("params", "block-params") else 0.0)
             check_disk(writer.partial, int(least), "the result", "free some space, or choose an -o on another disk")
+        walked, follows = means.journal, False
+        if size() > 1 and out is not None and not dry_run and source.checkpoint is not None:
+            folder, batch = once(lambda: (writer.partial if writer else Path(), means.resources.batch))
+            means.resources, follows = replace(means.resources, batch=batch), writer is None
+            # Each process notes its own hidden states: where one does not see the output, the walk is noted in none.
+            if total_of(float(folder.is_dir())) < size():
+                walked = None
+            elif writer is None:
+                walked = Journal.of_first(folder)
         vocabulary = None
         if recipe.keep_tokens_from is not None:
             budget = budget_of(source, recipe, ("vocab",), recipe.share)
@@ -248,8 +259,13 @@ def prune(
         if writer is not None:
             space = sum(t.nbytes for t in source.checkpoint.tensors.values()) if source.checkpoint else 0
             check_disk(writer.partial, int(space * plan.after.params / plan.before.params), "the result", "free some space")
-            where, plan = backing_off(means, lambda: _write(source, plan, writer, recipe, refitted, vocabulary, means, turned))
+            where, plan = backing_off(
+                means, lambda: _write(source, plan, writer, recipe, refitted, vocabulary, means, turned, walked)
+            )
             report["out"] = str(where)
+        elif follows:
+            steps = Written(walked, None, means.resources.pool(), recipe.device)
+            plan = follow_written(plan, refitted(steps.reached), steps)
         elif rank() > 0:
             plan = chosen_again(plan, refitted())
         elif not dry_run:
@@ -274,6 +290,7 @@ def _write(
     vocabulary: Retokenized | None,
     means: Means,
     turned: Turned,
+    journal: Journal | None,
 ) -> tuple[Path, Plan]:
-    steps = Written(means.journal if size() == 1 else None, writer, means.resources.pool(), recipe.device)
+    steps = Written(journal, writer, means.resources.pool(), recipe.device)
     return write_pruned(source, plan, writer, recipe, refitted(steps.reached), vocabulary, steps, turned)
