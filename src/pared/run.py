@@ -77,7 +77,8 @@ def refit_blocks(
         return None
     means = means or Means(Resources(recipe.batch))
     stream = means.stream(source, recipe)
-    batches, stream.share = _shared(calibration or calibrate(source, recipe), means.resources.batch, bool(recipe.reconstruct))
+    rows = (calibration or calibrate(source, recipe)).batches(1)
+    batches, stream.share = _shared(rows, means.resources.batch, bool(recipe.reconstruct))
     method = Method(
         mode=recipe.compensate or "sequential",
         reselect=reselected(recipe, source.layout),
@@ -88,12 +89,11 @@ def refit_blocks(
     return compensate(stream, plan, batches, method, progress=progress, reached=reached)
 
 
-def _shared(calibration: Calibration, batch: int, at_once: bool) -> tuple[list[Batch], Share | None]:
-    """The batches of this process, and what they are of those of all; None where it is the only one.
+def _shared(rows: list[Batch], batch: int, at_once: bool) -> tuple[list[Batch], Share | None]:
+    """The batches of this process, and what they are of those of all; None where it is the only one. rows: of all.
 
     at_once: all processes work on the same batch at the same time, as gradient descent takes one batch after the other.
     """
-    rows = calibration.batches(1)
     if size() == 1:
         return together(rows, batch), None
     if not at_once:
@@ -101,7 +101,7 @@ def _shared(calibration: Calibration, batch: int, at_once: bool) -> tuple[list[B
         return together(mine, batch), Share(range(first, first + len(mine)), {}, 0)
     every = unpadded(together(rows, once(lambda: batch)))
     parts, share = own_parts([len(b.input_ids) for b in every])
-    return [Batch(every[b].input_ids[rows], None) for b, rows in parts.items()], share
+    return [Batch(every[b].input_ids[part], None) for b, part in parts.items()], share
 
 
 def chosen_again(plan: Plan, refitted: Iterator[Refitted] | None) -> Plan:
