@@ -5,6 +5,7 @@ what follows from them is decided once. In a single process all of this does not
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from torch import Tensor
 from pared.errors import ParedError, UsageError
 
 T = TypeVar("T")
+# The others wait while the first one decides and writes, which may take longer than the minutes that are the default. One
+# that dies is not waited for: torchrun then ends them all.
+WAIT = datetime.timedelta(days=1)
 
 
 def size() -> int:
@@ -45,7 +49,7 @@ def joined(device: str | None = None) -> Iterator[None]:
                 f"there are {here} devices here, and more processes", where="torchrun", fix=f"--nproc-per-node {here}"
             )
         torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=WAIT)
     try:
         yield
     finally:

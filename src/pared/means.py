@@ -59,7 +59,9 @@ def backing_off(means: Means, work: Callable[[], Result]) -> Result:
     for attempt in range(4):
         try:
             return work()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
             batch = means.resources.batch
             if attempt == 3 or batch == 1 or size() > 1:
                 fix = f"--batch {max(1, batch // 2)}" if batch > 1 else "a shorter --seq-len, or --dtype bfloat16"
@@ -72,6 +74,12 @@ def backing_off(means: Means, work: Callable[[], Result]) -> Result:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     raise AssertionError("the last attempt returns or raises")
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device ran out of memory: the libraries that take some for themselves say so in words of their own."""
+    words = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 def noted_calibration(source: Source, recipe: Recipe, ids: torch.Tensor | None, journal: Journal | None) -> Calibration:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pared.budget import Budget, Sizes
+from pared.distributed import once
 from pared.errors import UsageError
 from pared.estimate import Progress, silent
 from pared.journal import Journal
@@ -97,7 +98,7 @@ def search(
     while now.done < generations and (minutes is None or now.seconds < 60 * minutes):
         if not _generation(budget, now, judge, torch.Generator().manual_seed(seed + _EACH * now.done)):
             break
-        now.seconds = before + time.monotonic() - started
+        now.seconds = once(lambda: before + time.monotonic() - started)  # by one clock, where several processes search
         progress("search", now.done, generations)
         if journal is not None:
             journal.checkpoint(STAGE, STEP, now.done, now.record, {})
