@@ -102,7 +102,12 @@ def stopping_at_steps() -> Iterator[None]:
 
 
 class Journal:
-    """What one run has done. key: what it was asked, of which source, by which versions."""
+    """What one run has done. key: what it was asked, of which source, by which versions.
+
+    reserve: bytes of the disk that checkpoints leave to what the run may still spill.
+    """
+
+    reserve = 0
 
     def __init__(self, folder: Path, key: Mapping[str, Any], *, restart: bool = False) -> None:
         """Open the journal in a claimed output, or begin one. UsageError where another run's is there: with the difference."""
@@ -238,8 +243,9 @@ class Journal:
 
     def _worth(self, size: int) -> bool:
         """Whether the time since the last checkpoint is enough for one of so many bytes, and the disk has room for two."""
+        room = shutil.disk_usage(self.folder).free - self.reserve
         cost = self._cost * max(FEW, size) / max(FEW, self._size)
-        return (time.monotonic() - self._saved) * SHARE >= cost and 2 * size <= shutil.disk_usage(self.folder).free
+        return (time.monotonic() - self._saved) * SHARE >= cost and 2 * size <= room
 
     def last(
         self, stage: str, pool: Pool | None = None, device: torch.device | str | None = None

@@ -203,6 +203,7 @@ def prune(
             means.resources = replace(resources, batch=once(lambda: resources.batch))
         if writer is not None and source.checkpoint is not None:
             means.journal = Journal(writer.partial, key_of(source, recipe, ids), restart=restart)
+            means.journal.reserve = need.spill(resources.room) if need is not None else 0
             # What is free may be more or less by now; another batch would round otherwise.
             if (batch := means.journal.read("batch")) is None:
                 means.journal.write("batch", resources.batch)
