@@ -287,7 +287,7 @@ def arguments(
 ) -> TrainingArguments:
     """What the Trainer is told: AdamW, warmup, then a cosine to zero."""
     every = max(1, math.ceil(steps / recovery.evaluations))
-    return TrainingArguments(
+    told = TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
         per_device_train_batch_size=batch,
@@ -324,6 +324,9 @@ def arguments(
         logging_nan_inf_filter=False,
         log_level="error",
     )
+    if told.n_gpu > 1:  # one process works on one device: the Trainer would take all of them, with a batch for each
+        told._n_gpu = 1
+    return told
 
 
 _FIELDS = TrainingArguments.__dataclass_fields__
