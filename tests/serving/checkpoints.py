@@ -40,8 +40,15 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def model(family: str, **changes: Any) -> PreTrainedModel:
-    """A random model whose every part matters."""
-    return tiny.model(family, **{**SIZES[family], **changes})
+    """A random model whose every part matters: where a family multiplies its embeddings, they are made smaller by as much.
+
+    Left large, a tied embedding drowns the blocks, and each token is followed by itself whatever they do.
+    """
+    built = tiny.model(family, **{**SIZES[family], **changes})
+    embedding, ids = built.get_input_embeddings(), tiny.tokens(1)
+    with torch.no_grad():
+        embedding.weight /= embedding(ids).norm() / embedding.weight[ids].norm()
+    return built
 
 
 def dense(family: str, folder: Path, **changes: Any) -> Path:

@@ -1,4 +1,4 @@
-"""Quantise after pruning: llm-compressor's checkpoints of pruned models, served by vLLM."""
+"""Quantise after pruning: pruned models in llm-compressor's and torchao's formats, served by vLLM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import pared
 import tiny
-from engine import Engine, Request
+from engine import Engine, Request, check_greedy, requests
 from pared.report.formats import formats
 from pared.report.inspection import describe
 
@@ -72,3 +72,26 @@ def test_llm_compressors_checkpoints_are_served(
     texts = json.loads((pruned / "tokens.json").read_text())
     wanted = [Request(row[:24], 24, arrives=i) for i, row in enumerate(texts)]
     assert agreement(model, wanted, vllm.serve(tmp_path / "out", wanted, dtype=dtype)) >= least
+
+
+@pytest.mark.parametrize("when", ["saved", "while loading"])
+def test_torchaos_int8_is_served(when: str, pruned: Path, vllm: Engine, tmp_path: Path) -> None:
+    """Written quantised by transformers, or quantised by vLLM as it reads: the tokens are those of transformers' own int8."""
+    from torchao.core.config import config_to_dict
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    how = Int8WeightOnlyConfig(version=2)
+    settings = {"quantization_config": TorchAoConfig(how), "dtype": torch.float32, "device_map": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(pruned / "model", **settings, trust_remote_code=True).eval()
+    path, engine = pruned / "model", {}
+    if when == "saved":
+        path = tmp_path / "int8"
+        model.save_pretrained(path)
+    else:
+        text = json.dumps(config_to_dict(how))
+        engine = {"quantization": "torchao", "hf_overrides": {"quantization_config_dict_json": text}}
+    wanted = requests(model.config.vocab_size, count=24)
+    got = vllm.serve(path, wanted, **engine)
+    assert got != vllm.serve(pruned / "model", wanted)
+    assert check_greedy(model, wanted, got) > 100

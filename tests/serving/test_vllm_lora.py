@@ -18,18 +18,27 @@ pytestmark = pytest.mark.vllm
 WANTED = requests(tiny.VOCAB, count=24)
 
 
-def test_an_adapter_is_served_as_if_it_were_merged(vllm: Engine, tmp_path: Path) -> None:
+def check(path: Path, names: list[str] | str, vllm: Engine, folder: Path) -> None:
+    """With an adapter each request gets the tokens of the merged model; without, beside it, those of the base."""
     from peft import LoraConfig, get_peft_model
 
-    path = checkpoints.without_parts("llama", tmp_path, [["attention"], [], [], ["mlp"]])
-    names = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     torch.manual_seed(0)
     adapted: Any = get_peft_model(
-        pared.load(path, dtype=torch.float32), LoraConfig(target_modules=names, r=8, init_lora_weights=False)
+        pared.load(path, dtype=torch.float32), LoraConfig(target_modules=names, r=8, lora_alpha=64, init_lora_weights=False)
     )
-    adapted.save_pretrained(tmp_path / "adapter")
-    got = vllm.serve(path, WANTED, enable_lora=True, max_lora_rank=8, lora=str(tmp_path / "adapter"))
+    adapted.save_pretrained(folder / "adapter")
+    got = vllm.serve(path, WANTED, enable_lora=True, max_lora_rank=8, lora=str(folder / "adapter"))
     plain = vllm.serve(path, WANTED, enable_lora=True, max_lora_rank=8)
     assert got != plain
     assert check_greedy(pared.load(path, dtype=torch.float32).eval(), WANTED, plain) > 100
     assert check_greedy(adapted.merge_and_unload().eval(), WANTED, got) > 100
+
+
+def test_an_adapter_is_served_as_if_it_were_merged(vllm: Engine, tmp_path: Path) -> None:
+    path = checkpoints.without_parts("llama", tmp_path, [["attention"], [], [], ["mlp"]])
+    check(path, ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], vllm, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "glm4", "olmo2", "gpt2", "bloom"])
+def test_adapters_of_other_families_are_served(family: str, vllm: Engine, tmp_path: Path) -> None:
+    check(checkpoints.per_layer(family, tmp_path), "all-linear", vllm, tmp_path)
