@@ -41,7 +41,9 @@ def test_an_adapter_is_served_as_if_it_were_merged(vllm: Engine, tmp_path: Path)
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"])
 def test_adapters_of_other_families_are_served(family: str, vllm: Engine, tmp_path: Path) -> None:
-    check(checkpoints.per_layer(family, tmp_path), "all-linear", vllm, tmp_path)
+    # The scores that these adapters make are large, where vLLM's approximation of the cap is coarse (engine.SOFT_CAPPED).
+    uncapped = {"attn_logit_softcapping": None} if family == "gemma2" else {}
+    check(checkpoints.per_layer(family, tmp_path, **uncapped), "all-linear", vllm, tmp_path)
 
 
 def test_what_vllm_has_no_adapters_for_is_refused_in_words(vllm: Engine, tmp_path: Path) -> None:
