@@ -232,7 +232,7 @@ def growth(args: argparse.Namespace) -> None:
             walls.append(watch(command, folder / "log")["seconds"])
             shutil.rmtree(folder / "out")
     about = f"{(__doc__ or '').split(chr(10) * 2)[3].strip()}"
-    last = f"Taylor scores of 32 x 128 tokens: {walls[0]:.0f} s in one process, {walls[1]:.0f} s in two."
+    last = f"Taylor scores of 32 x 128 tokens: {walls[0]:.0f} s of wall clock in one process, {walls[1]:.0f} s in two, beside what else the machine did."
     args.out.write_text(f"# How memory and time grow\n\n{about}\n\n" + "\n".join(lines) + f"\n\n{last}\n")
 
 
