@@ -16,7 +16,7 @@ import tiny
 from pared.budget import Amount, Budget
 from pared.budget.levels import measure_levels
 from pared.budget.search import Shape, combined, mutate, search
-from pared.budget.trials import Judges, with_scrambled
+from pared.budget.trials import Judges
 from pared.budget.uniform import allocate_uniform, per_layer, uniform_shapes
 from pared.calibration import Batch
 from pared.compensate import compensate
@@ -241,15 +241,3 @@ def test_what_a_dry_run_plans_is_what_is_cut_and_refitted(shape: str, tmp_path: 
 def test_a_search_that_ran_is_recorded_in_the_plan() -> None:
     found = pruned(tiny.model("llama"), shape="per-layer").plan.provenance["search"]
     assert found["kl"] <= found["start"] and found["generations"] == 2
-
-
-def test_scrambled_rows_hold_the_tokens_of_the_text_and_stand_between_its_rows() -> None:
-    given = rows(6)
-    mixed = with_scrambled(given)
-    assert [k for k, row in enumerate(mixed) if any(row is r for r in given)] == [0, 1, 3, 4, 6, 7]
-    tokens = torch.cat([r.input_ids.flatten() for r in given])
-    for row in mixed[2::3]:
-        assert row.input_ids.shape == given[0].input_ids.shape and bool(torch.isin(row.input_ids, tokens).all())
-        assert not any(torch.equal(row.input_ids, r.input_ids) for r in given)
-    again = with_scrambled(given)
-    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(mixed, again, strict=True))

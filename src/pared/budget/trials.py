@@ -20,6 +20,7 @@ from pared.distributed import own_rows, total_of
 from pared.spill import States
 from pared.stages import Remembered
 from pared.stream import Stream
+from pared.unlikely import with_scrambled
 from pared.walk import Method, Walk
 
 Shape = Mapping[int, Sizes]  # layer -> units left of each axis that shrinks
@@ -29,8 +30,6 @@ LevelsAt = Callable[[int, nn.Module, States], tuple[States, Levels]]
 
 # Bytes of second moments that are kept between trials; where a model's are more, they are measured each time.
 KEPT = 2 << 30
-# For so many sequences of the calibration one of scrambled tokens.
-SCRAMBLED = 2
 # Tokens whose logits are there at once: with a large vocabulary they are the largest tensor of all.
 FEW = 128
 
@@ -96,18 +95,6 @@ class Judges:
             return self.stream.pool.store(), made
 
         return score_shapes(self.stream, levels, shapes, self.fit, judged)
-
-
-def with_scrambled(rows: Sequence[Batch]) -> list[Batch]:
-    """Single rows, and after every second one another of its length: tokens of all rows in random order."""
-    tokens = torch.cat([row.input_ids.flatten() for row in rows])
-    tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(len(tokens))).to(tokens.device)]
-    out: list[Batch] = []
-    for k, (row, part) in enumerate(zip(rows, tokens.split([row.input_ids.numel() for row in rows]), strict=True)):
-        out.append(row)
-        if k % SCRAMBLED == SCRAMBLED - 1:
-            out.append(Batch(part.reshape(row.input_ids.shape), None))
-    return out
 
 
 def score_shapes(
