@@ -53,6 +53,14 @@ def test_a_random_row_beside_a_padded_one_is_as_long_as_its_text() -> None:
     assert last.attention_mask is None and last.input_ids.shape == (1, 3) and last.input_ids[0, 0] == 7
 
 
+def test_special_tokens_stay_where_they_stand() -> None:
+    # Some families' masks and positions follow from them.
+    given = [Batch(torch.tensor([[9, 1, 7, 8, 2, 6]]))] * (ANY // 2)
+    ids = with_random(given, 1000, (1, 2))[-1].input_ids[0]
+    assert ids[0] == 9 and ids[1] == 1 and ids[4] == 2
+    assert not bool(torch.isin(ids[[2, 3, 5]], torch.tensor([1, 2, 6, 7, 8])).any())
+
+
 def test_special_tokens_are_those_of_the_config() -> None:
     config = tiny.config("llama", eos_token_id=[2, 5], image_token_id=40)
     assert special_tokens(config) == {0, 1, 2, 5, 40}

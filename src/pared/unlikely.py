@@ -32,10 +32,10 @@ def with_scrambled(rows: Sequence[Batch]) -> list[Batch]:
 
 
 def with_random(rows: Sequence[Batch], vocabulary: int, special: Collection[int] = (), *, seed: int = 0) -> list[Batch]:
-    """Single rows, and after some of them another, as long and opened by the same token, of random tokens otherwise.
+    """Single rows, and after some of them the same once more with random tokens in place of all but the first.
 
-    All of the vocabulary's tokens are equally likely but for the special ones, which are not drawn. The first such row
-    comes after ANY / 2 rows.
+    Special tokens stay where they stand, and none are drawn; the others of the vocabulary are equally likely. The first such
+    row comes after ANY / 2 rows.
     """
     allowed = torch.ones(vocabulary, dtype=torch.bool)
     allowed[[t for t in special if 0 <= t < vocabulary]] = False
@@ -48,8 +48,9 @@ def with_random(rows: Sequence[Batch], vocabulary: int, special: Collection[int]
             mask = row.attention_mask
             own = row.input_ids if mask is None else row.input_ids[mask.bool()][None]
             ids = words[torch.randint(len(words), own.shape, generator=rng)].to(own)
-            ids[:, :1] = own[:, :1]
-            out.append(Batch(ids, None))
+            stays = ~allowed.to(own.device)[own]
+            stays[:, :1] = True
+            out.append(Batch(torch.where(stays, own, ids), None))
     return out
 
 
