@@ -10,7 +10,7 @@ import tiny
 from pared import unlikely
 from pared.calibration import Batch
 from pared.evaluate.perplexity import Windows, logits_of, measure
-from pared.unlikely import ANY, special_tokens, with_random, with_scrambled
+from pared.unlikely import ANY, random_rows, special_tokens, with_random, with_scrambled
 
 
 def rows(n: int) -> list[Batch]:
@@ -43,7 +43,9 @@ def test_random_rows_are_few_leave_special_tokens_out_and_open_as_the_row_before
     again, other = with_random(given, 64, (0, 1, 2, 63, 99)), with_random(given, 64, seed=1)
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(mixed, again, strict=True))
     assert not torch.equal(mixed[added[0]].input_ids, other[added[0]].input_ids)
-    assert len(with_random(given[: ANY // 2 - 1], 64)) == ANY // 2 - 1
+    for n in (0, ANY // 2 - 1, ANY // 2, ANY, 2 * ANY - ANY // 2):
+        assert len(with_random(given[:n], 64)) == n + random_rows(n)
+    assert random_rows(ANY // 2 - 1) == 0
 
 
 def test_a_random_row_beside_a_padded_one_is_as_long_as_its_text() -> None:

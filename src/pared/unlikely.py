@@ -31,6 +31,11 @@ def with_scrambled(rows: Sequence[Batch]) -> list[Batch]:
     return out
 
 
+def random_rows(rows: int) -> int:
+    """How many of random tokens there are beside so many of the calibration."""
+    return (rows + ANY // 2) // ANY
+
+
 def with_random(rows: Sequence[Batch], vocabulary: int, special: Collection[int] = (), *, seed: int = 0) -> list[Batch]:
     """Single rows, and after some of them the same once more with random tokens in place of all but the first.
 
