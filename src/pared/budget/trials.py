@@ -20,7 +20,7 @@ from pared.distributed import own_rows, total_of
 from pared.spill import States
 from pared.stages import Remembered
 from pared.stream import Stream
-from pared.unlikely import with_scrambled
+from pared.unlikely import SCRAMBLED, with_scrambled
 from pared.walk import Method, Walk
 
 Shape = Mapping[int, Sizes]  # layer -> units left of each axis that shrinks
