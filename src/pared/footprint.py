@@ -125,7 +125,8 @@ def footprint(
     end = table + (rest - 2 * table if not layout.tied and rest >= 2 * table else rest - table)
     stages = [*scoring(work, blocks, end), *measuring(work, blocks, end)]
     if refits and (writes or reselected(recipe, layout)):
-        stages += walk(replace(work, samples=samples + random_rows(samples)), blocks, end)
+        more = 0 if recipe.reconstruct else random_rows(samples)
+        stages += walk(replace(work, samples=samples + more), blocks, end)
     if writes:
         stages.append(writing(work, blocks, rest))
     source = work.stored * (rest + sum(b.entries for b in blocks))
