@@ -18,7 +18,7 @@ from pared.accounting import AMOUNTS, account
 from pared.budget import Amount, Budget, Sizes
 from pared.budget.ranked import allocate_ranked
 from pared.budget.select import make_plan
-from pared.budget.uniform import Shape, allocate_uniform, layers_under
+from pared.budget.uniform import MOST_MEASURED, Shape, allocate_uniform, layers_under, uniform_shapes
 from pared.errors import UsageError
 from pared.plan import Plan
 from pared.proof import proved_layout
@@ -128,6 +128,16 @@ def test_what_is_out_of_reach_is_said_with_what_is_not(name: str, axes: tuple[st
     assert allocate_uniform(budget_of(name, most, axes, of)).removed >= most * budget.before.amount(of)
     with pytest.raises(UsageError):
         allocate_uniform(budget_of(name, min(most + 0.0011, 0.99999), axes, of))
+
+
+@pytest.mark.parametrize("align", [1, 16, 48, 64])
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3])
+def test_a_split_that_spares_the_heads_is_compared_however_coarse_the_channels_are(share: float, align: int) -> None:
+    budget = budget_of("llama", share, ("kv", "query", "ffn"), align=align)
+    full = budget.full()
+    shapes = uniform_shapes(budget)
+    assert any(s.sizes["kv"] == full["kv"] and s.sizes["query"] == full["query"] for s in shapes)
+    assert allocate_uniform(budget) in shapes and len(shapes) <= MOST_MEASURED
 
 
 def scored(layout: Layout, axes: tuple[str, ...], seed: int, *, comparable: bool) -> Scores:

@@ -63,8 +63,13 @@ def per_layer(budget: Budget, shape: Shape) -> PerLayer:
 
 
 def _spread(budget: Budget, shapes: list[tuple[float, Shape]]) -> list[tuple[float, Shape]]:
-    """Up to MOST_MEASURED of the shapes, the most balanced one among them, evenly over the attention that they keep."""
-    near = [s for s in shapes if s[0] <= shapes[0][0] + UNBALANCED]
+    """Up to MOST_MEASURED of the shapes, the most balanced one among them, evenly over the attention that they keep.
+
+    That one of them removes more than another, where FFN channels come in coarse steps, counts for nothing here: a shape
+    that loses less is the better one for being smaller too.
+    """
+    most = imbalance(budget, shapes[0][1]) + UNBALANCED
+    near = [s for s in shapes if imbalance(budget, s[1]) <= most]
     full = budget.full()
 
     def attention(shape: Shape) -> float:
