@@ -10,7 +10,7 @@ import tiny
 from pared import unlikely
 from pared.calibration import Batch
 from pared.evaluate.perplexity import Windows, logits_of, measure
-from pared.unlikely import ANY, random_rows, special_tokens, with_random, with_scrambled
+from pared.unlikely import ANY, RECONSTRUCTED, random_rows, special_tokens, with_random, with_scrambled
 
 
 def rows(n: int) -> list[Batch]:
@@ -74,12 +74,18 @@ def test_text_of_tokens_that_the_calibration_lacks_loses_less(monkeypatch: pytes
     other = torch.randint(20, 64, (32, 48), generator=rng)
     test = Windows(other, torch.ones(32, dtype=torch.int64), None, 32, other.numel())
 
-    def kl(criterion: str) -> float:
-        pruned = pared.prune(model, calibration=narrow, remove=0.3, criterion=criterion, seed=0).model
+    def kl(criterion: str, **settings: int) -> float:
+        pruned = pared.prune(model, calibration=narrow, remove=0.3, criterion=criterion, seed=0, **settings).model
         assert pruned is not None
         return measure(logits_of(pruned), test, against=logits_of(model)).kl or 0.0
 
-    mixed = kl("l2"), kl("obs")
+    mixed = kl("l2"), kl("obs"), kl("obs", reconstruct=10)
     monkeypatch.setattr(unlikely, "ANY", 1 << 30)
-    alone = kl("l2"), kl("obs")
-    assert mixed[0] < alone[0] and mixed[1] < alone[1]
+    alone = kl("l2"), kl("obs"), kl("obs", reconstruct=10)
+    assert all(a < b for a, b in zip(mixed, alone, strict=True))
+
+
+def test_few_sequences_get_none_where_blocks_are_reconstructed() -> None:
+    few, enough = RECONSTRUCTED - 1, RECONSTRUCTED
+    assert random_rows(few, reconstructed=True) == 0 < random_rows(few)
+    assert random_rows(enough, reconstructed=True) == random_rows(enough)

@@ -36,7 +36,7 @@ from pared.slots import with_slots
 from pared.source import Source
 from pared.stream import unpadded
 from pared.surgery import Turned, cut_refitted
-from pared.unlikely import special_tokens, with_random
+from pared.unlikely import random_rows, special_tokens, with_random
 from pared.walk import Method
 from pared.writer import CheckpointWriter
 
@@ -79,7 +79,7 @@ def refit_blocks(
     means = means or Means(Resources(recipe.batch))
     stream = means.stream(source, recipe)
     rows = (calibration or calibrate(source, recipe)).batches(1)
-    if not recipe.reconstruct:  # it is judged on few sequences: random ones among them would veto it
+    if random_rows(len(rows), reconstructed=bool(recipe.reconstruct)):
         rows = with_random(rows, source.layout.sizes["vocab"], special_tokens(source.config), seed=recipe.seed)
     batches, stream.share = _shared(rows, means.resources.batch, bool(recipe.reconstruct))
     method = Method(

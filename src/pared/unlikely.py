@@ -17,6 +17,9 @@ from pared.calibration import Batch
 SCRAMBLED = 2
 # For so many one of random tokens, where weights are fitted: the first behind half as many.
 ANY = 32
+# Sequences of the calibration below which there is none where blocks are reconstructed: one of the few held-out ones would
+# then be random, and veto what helps text.
+RECONSTRUCTED = 64
 
 
 def with_scrambled(rows: Sequence[Batch]) -> list[Batch]:
@@ -31,9 +34,9 @@ def with_scrambled(rows: Sequence[Batch]) -> list[Batch]:
     return out
 
 
-def random_rows(rows: int) -> int:
+def random_rows(rows: int, *, reconstructed: bool = False) -> int:
     """How many of random tokens there are beside so many of the calibration."""
-    return (rows + ANY // 2) // ANY
+    return 0 if reconstructed and rows < RECONSTRUCTED else (rows + ANY // 2) // ANY
 
 
 def with_random(rows: Sequence[Batch], vocabulary: int, special: Collection[int] = (), *, seed: int = 0) -> list[Batch]:
