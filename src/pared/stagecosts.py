@@ -170,8 +170,8 @@ def _backward(work: Work, blocks: list[Block], end: int, score: int) -> list[Sta
 def measuring(work: Work, blocks: list[Block], end: int) -> list[Stage]:
     """Trial models of other sizes, side by side."""
     recipe = work.recipe
-    if not measures(recipe, work.layout, work.axes):
-        return []
+    if work.samples < 1 or not measures(recipe, work.layout, work.axes):
+        return []  # that there are no samples is refused where they are drawn
     big = max(blocks, key=lambda b: b.entries)
     whole = _whole(work, blocks) + 2 * work.stored * end
     block, one = work.itemsize * big.entries, _states(work, big) / work.samples
