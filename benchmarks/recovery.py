@@ -110,7 +110,8 @@ def main() -> None:
                     path: Path = path, method: str = method, objective: str = objective, tokens: int = tokens
                 ) -> dict[str, Any]:
                     out = args.work / "trained"
-                    shutil.rmtree(out, ignore_errors=True)
+                    for left in (out, out.with_name(f"{out.name}.training")):  # the latter where a run was killed
+                        shutil.rmtree(left, ignore_errors=True)
                     settings = {"method": method, "objective": objective, "tokens": tokens, "merge": method == "lora"}
                     done = recover(
                         path, out=out, teacher=args.model, data=args.data, seq_len=args.seq_len, device="cpu", **settings
