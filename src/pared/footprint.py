@@ -125,7 +125,7 @@ def footprint(
     end = table + (rest - 2 * table if not layout.tied and rest >= 2 * table else rest - table)
     stages = [*scoring(work, blocks, end), *measuring(work, blocks, end)]
     if refits and (writes or reselected(recipe, layout)):
-        more = random_rows(samples, reconstructed=bool(recipe.reconstruct))
+        more = 0 if recipe.compensate == "bias" else random_rows(samples, reconstructed=bool(recipe.reconstruct))
         stages += walk(replace(work, samples=samples + more), blocks, end)
     if writes:
         stages.append(writing(work, blocks, rest))

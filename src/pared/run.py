@@ -79,7 +79,7 @@ def refit_blocks(
     means = means or Means(Resources(recipe.batch))
     stream = means.stream(source, recipe)
     rows = (calibration or calibrate(source, recipe)).batches(1)
-    if random_rows(len(rows), reconstructed=bool(recipe.reconstruct)):
+    if recipe.compensate != "bias" and random_rows(len(rows), reconstructed=bool(recipe.reconstruct)):
         rows = with_random(rows, source.layout.sizes["vocab"], special_tokens(source.config), seed=recipe.seed)
     batches, stream.share = _shared(rows, means.resources.batch, bool(recipe.reconstruct))
     method = Method(
