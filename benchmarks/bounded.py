@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from shapes import SHAPES, write_checkpoint, write_config
 
 ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
 FEW = ("--samples", "4", "--seq-len", "64", "--batch", "4")
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "magnitude": ("L2 magnitude, nothing refitted", ("--criterion", "l2", "--compensate", "none")),
@@ -57,10 +58,9 @@ def text_file(folder: Path) -> Path:
 
 def watch(command: list[str], log: Path) -> dict[str, Any]:
     """Run a command; its memory over time, the bytes that it moved, and its exit code."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
     started, samples, io, cpu = time.monotonic(), [], {}, 0.0
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=ENVIRONMENT)
         proc = Path(f"/proc/{process.pid}")
         while process.poll() is None:
             try:
@@ -106,8 +106,7 @@ def foreseen(model: Path, flags: tuple[str, ...], *, memory: str | None, text: P
         shutil.copy(model / "config.json", folder)
         command = [sys.executable, "-m", "pared", "prune", folder, "--dry-run", "--remove", "0.2", *flags]
         command += ["--calibration", str(text), *(("--max-memory", memory) if memory else ()), "--format", "json"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
-        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, text=True)
     return 3600 * float(json.loads(done.stdout)["predicted"]["hours"])
 
 

@@ -18,6 +18,7 @@ from pared.recipe import Recipe
 from pared.scores import Scores
 from pared.stream import Stream, unpadded
 from pared.structure import Layout
+from pared.unlikely import random_rows
 
 # Generations of a search, and steps of reconstruction at the highest effort.
 GENERATIONS = {"quick": 4, "default": 8, "max": 32}
@@ -69,6 +70,11 @@ def _chosen_alone(layout: Layout) -> frozenset[str]:
         return axis not in layout.layer_sizes[i] or not layout.holders(axis, i) or sole_consumer(layout, i, axis) is not None
 
     return frozenset(a for a in axes if all(one(i, a) for i in range(layout.num_layers)))
+
+
+def random_beside(recipe: Recipe, samples: int) -> int:
+    """How many sequences of random tokens a refit sees beside so many of the calibration."""
+    return 0 if recipe.compensate == "bias" else random_rows(samples, reconstructed=bool(recipe.reconstruct))
 
 
 def no_scores(layout: Layout, axes: tuple[str, ...]) -> Scores:

@@ -15,12 +15,11 @@ import torch
 
 from pared.blockcosts import Work, block_costs
 from pared.distributed import size
-from pared.effort import reselected
+from pared.effort import random_beside, reselected
 from pared.errors import UsageError
 from pared.recipe import Recipe
 from pared.stagecosts import Stage, measuring, scoring, walk, writing
 from pared.structure import Layout
-from pared.unlikely import random_rows
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -125,8 +124,7 @@ def footprint(
     end = table + (rest - 2 * table if not layout.tied and rest >= 2 * table else rest - table)
     stages = [*scoring(work, blocks, end), *measuring(work, blocks, end)]
     if refits and (writes or reselected(recipe, layout)):
-        more = 0 if recipe.compensate == "bias" else random_rows(samples, reconstructed=bool(recipe.reconstruct))
-        stages += walk(replace(work, samples=samples + more), blocks, end)
+        stages += walk(replace(work, samples=samples + random_beside(recipe, samples)), blocks, end)
     if writes:
         stages.append(writing(work, blocks, rest))
     source = work.stored * (rest + sum(b.entries for b in blocks))

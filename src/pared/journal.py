@@ -211,7 +211,9 @@ class Journal:
     ) -> bool:
         """A stage has come so far. Made durable where the time since the last one warrants it; returns whether it was.
 
-        All processes come here together; the record is that of the first.         parts: what does not change any more and is written once, by name, for as long as it is among them. None: it was
+        All processes come here together; the record is that of the first.
+
+        parts: what does not change any more and is written once, by name, for as long as it is among them. None: it was
         among them before, in this run or the one that it goes on from.
         """
         parts = parts or {}

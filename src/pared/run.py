@@ -18,7 +18,7 @@ from pared.calibration import Batch, Calibration, together
 from pared.compensate import Reached, Refitted, compensate
 from pared.criteria import get_criterion
 from pared.distributed import Share, first_row, once, own_parts, own_rows, rank, size, total_of
-from pared.effort import reselected
+from pared.effort import random_beside, reselected
 from pared.errors import UsageError
 from pared.estimate import Progress, silent
 from pared.journal import Journal, reached, stopping_at_steps
@@ -36,7 +36,7 @@ from pared.slots import with_slots
 from pared.source import Source
 from pared.stream import unpadded
 from pared.surgery import Turned, cut_refitted
-from pared.unlikely import random_rows, special_tokens, with_random
+from pared.unlikely import special_tokens, with_random
 from pared.walk import Method
 from pared.writer import CheckpointWriter
 
@@ -79,7 +79,7 @@ def refit_blocks(
     means = means or Means(Resources(recipe.batch))
     stream = means.stream(source, recipe)
     rows = (calibration or calibrate(source, recipe)).batches(1)
-    if recipe.compensate != "bias" and random_rows(len(rows), reconstructed=bool(recipe.reconstruct)):
+    if random_beside(recipe, len(rows)):
         rows = with_random(rows, source.layout.sizes["vocab"], special_tokens(source.config), seed=recipe.seed)
     batches, stream.share = _shared(rows, means.resources.batch, bool(recipe.reconstruct))
     method = Method(
@@ -202,8 +202,6 @@ def prune(
     claim = _writer(source, out or "", overwrite, not live) if writes else contextlib.nullcontext()
     with stopping_at_steps() if writes else contextlib.nullcontext(), claim as writer:
         means = Means(resources)
-        if size() > 1:  # batches of one size, for their rows to be where they were when the run goes on
-            means.resources = replace(resources, batch=once(lambda: resources.batch))
         if writer is not None and source.checkpoint is not None:
             means.journal = Journal(writer.partial, key_of(source, recipe, ids), restart=restart)
             means.journal.reserve = need.spill(resources.room) if need is not None else 0
@@ -215,10 +213,11 @@ def prune(
             reached("claimed")
             least = source.checkpoint.nbytes * (1 - recipe.share if recipe.of in ("params", "block-params") else 0.0)
             check_disk(writer.partial, int(least), "the result", "free some space, or choose an -o on another disk")
+        if size() > 1:  # batches of one size, for their rows to be where they were when the run goes on
+            means.resources = replace(means.resources, batch=once(lambda: means.resources.batch))
         walked, follows = means.journal, False
         if size() > 1 and out is not None and not dry_run and source.checkpoint is not None:
-            folder, batch = once(lambda: (writer.partial if writer else Path(), means.resources.batch))
-            means.resources, follows = replace(means.resources, batch=batch), writer is None
+            folder, follows = once(lambda: writer.partial if writer else Path()), writer is None
             # Each process notes its own hidden states: where one does not see the output, the walk is noted in none.
             if total_of(float(folder.is_dir())) < size():
                 walked = None

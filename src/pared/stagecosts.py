@@ -14,6 +14,7 @@ from pared.budget.trials import FEW, KEPT, split_rows
 from pared.budget.uniform import Shape, uniform_shapes
 from pared.criteria import get_criterion
 from pared.effort import GENERATIONS, measures
+from pared.unlikely import SCRAMBLED
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,17 @@ def _head(work: Work, tokens: float) -> float:
     return 2.0 * tokens * work.layout.sizes["hidden"] * work.layout.sizes["vocab"]
 
 
+def _costing(b: Block) -> int:
+    """Bytes while second-order costs of the units of a block's largest consumer are computed."""
+    n, out, _ = max(b.consumers, default=(0, 0, 0))
+    return 8 * (4 * n * n + 3 * n * out)
+
+
+def _costs(blocks: Sequence[Block]) -> float:
+    """Operations of the second-order costs of all consumers, float64."""
+    return sum(3.0 * n**3 + 2.0 * n * n * out for b in blocks for n, out, _ in b.consumers)
+
+
 def scoring(work: Work, blocks: list[Block], end: int) -> list[Stage]:
     recipe, c = work.recipe, work.itemsize
     criterion = get_criterion(recipe.criterion or "")
@@ -95,9 +107,8 @@ def scoring(work: Work, blocks: list[Block], end: int) -> list[Stage]:
         return [embed, *_backward(work, blocks, end, score)]
     fixed, read, solved, held = block, whole, 0.0, 2 * states
     if criterion.needs == "second-moments":
-        n, o, _ = max(big.consumers, default=(0, 0, 0))
-        fixed += sum(4 * n * n for n, _, _ in big.consumers) + int(8 * (4 * n * n + 3 * n * o))
-        solved = sum(3.0 * n**3 + 2.0 * n * n * o for b in blocks for n, o, _ in b.consumers)
+        fixed += sum(4 * n * n for n, _, _ in big.consumers) + _costing(big)
+        solved = _costs(blocks)
     if criterion.needs in ("removal", "runs"):
         most = layers * (1 if criterion.needs == "runs" else len(work.axes))
         held = (most + 2) * states
@@ -128,12 +139,11 @@ def _backward(work: Work, blocks: list[Block], end: int, score: int) -> list[Sta
     # Computed once more, but for the last matrix of each block; gradients of what runs through, and of the weights.
     spared = work.tokens * sum(2.0 * b.consumers[-1][0] * b.consumers[-1][1] for b in blocks if b.consumers)
     if needs == "second-moments-fisher":
-        n, o, _ = max(big.consumers, default=(0, 0, 0))
         found = sum(4 * (n * n + o * o) for n, o, _ in big.consumers)
-        score = int(8 * (4 * n * n + 3 * n * o))
+        score = _costing(big)
         back, moved = 2 * flops - spared, 0.0
         back += work.tokens * sum(2.0 * (n * n + o * o) for b in blocks for n, o, _ in b.consumers)
-        solved = sum(3.0 * n**3 + 2.0 * n * n * o for b in blocks for n, o, _ in b.consumers)
+        solved = _costs(blocks)
     else:
         copies = 2 if needs == "squared-gradients" else 1
         found = copies * 4 * big.entries
@@ -176,6 +186,7 @@ def measuring(work: Work, blocks: list[Block], end: int) -> list[Stage]:
     whole = _whole(work, blocks) + 2 * work.stored * end
     block, one = work.itemsize * big.entries, _states(work, big) / work.samples
     fit, _, measured, compared = split_rows(work.samples)
+    compared += compared // SCRAMBLED
     if recipe.allocate == "search":
         models, rounds, seen, run = 9, 2 * (recipe.search_steps or GENERATIONS[recipe.effort]) + 1, fit, 0.4 * work.samples
         gone = {n: models * (1 - recipe.share) for n, _, _ in big.consumers}

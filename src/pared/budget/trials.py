@@ -20,7 +20,7 @@ from pared.distributed import own_rows, total_of
 from pared.spill import States
 from pared.stages import Remembered
 from pared.stream import Stream
-from pared.unlikely import SCRAMBLED, with_scrambled
+from pared.unlikely import with_scrambled
 from pared.walk import Method, Walk
 
 Shape = Mapping[int, Sizes]  # layer -> units left of each axis that shrinks
@@ -36,10 +36,9 @@ FEW = 128
 
 def split_rows(n: int) -> tuple[int, int, int, int]:
     """Of so many sequences of calibration: how many trials as the walk are fitted to and judged on, and how many uniform
-    shapes are measured and compared on; with those that `with_scrambled` adds."""
+    shapes are measured and compared on; without those that `with_scrambled` adds to both that judge."""
     few, many = max(1, min(n // 2, max(8, n // 16))), max(1, min(n // 4, max(8, n // 8)))
-    brief = max(1, min(many, n // 8))
-    return few, many + many // SCRAMBLED, max(1, n // 8), brief + brief // SCRAMBLED
+    return few, many, max(1, n // 8), max(1, min(many, n // 8))
 
 
 class Judges:
@@ -60,16 +59,14 @@ class Judges:
         batch: int,
         power: Mapping[tuple[int, str], Tensor] | None = None,
     ) -> None:
-        n = len(rows)
-        few, many = max(1, min(n // 2, max(8, n // 16))), max(1, min(n // 4, max(8, n // 8)))
+        few, many, measured, brief = split_rows(len(rows))
         self.stream, self.axes = stream, axes
         # Rows that are judged by come first, those that are fitted to after them; a single row has to do for both.
         self.judged = together(own_rows(with_scrambled(rows[:many])), batch)
         self.fit = together(own_rows(rows[many : many + few] or rows[:1]), batch)
         # Shapes that are alike everywhere differ by more than the noise of few sequences.
-        brief = max(1, min(many, n // 8))
         self.compared = together(own_rows(with_scrambled(rows[:brief])), batch)
-        self.measured = together(own_rows(rows[brief : brief + max(1, n // 8)] or rows[:1]), batch)
+        self.measured = together(own_rows(rows[brief : brief + measured] or rows[:1]), batch)
         self._levels: dict[int, Levels] = {}
         self._power = power or {}
 

@@ -10,7 +10,7 @@ import torch
 
 from pared.calibration import inference, max_positions, next_logits
 from pared.errors import MissingError, UsageError
-from pared.process import now, resident_bytes
+from pared.process import device_bytes, now, resident_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +64,7 @@ def _timed(model: PreTrainedModel, ids: torch.Tensor, decode: int) -> tuple[floa
 def peak_memory_bytes(device: str | torch.device = "cpu") -> int:
     """The most memory held so far: of this process, libraries included, or on CUDA of torch's allocator on that device."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return device_bytes(device, most=True)
     # Linux hands ru_maxrss down from the process that started this one; the kernel's own high-water mark is ours alone.
     if own := resident_bytes("VmHWM"):
         return own
