@@ -3,9 +3,9 @@
     python benchmarks/recovery.py MODEL --data TRAIN --text TEST --work DIR --out RESULT.md [--plot RESULT.svg]
 
 MODEL is a dense directory. Starts are pruned from it once and kept in DIR: by LLM-Pruner's recipe (both end layers
-protected), by pared's default and by pared's highest effort, uniform and with sizes searched layer by layer (128 windows
-of TRAIN for each but LLM-Pruner's ten, 256 for the last). Excess loss is log(perplexity / dense perplexity) on TEST;
-training sees TRAIN alone, and chooses its weights on a part of TRAIN. Rates are the defaults of `pared recover`.
+protected), by pared's default and by pared's highest effort, uniform and with sizes searched layer by layer, each with as
+many windows of TRAIN as it takes by itself. Excess loss is log(perplexity / dense perplexity) on TEST; training sees TRAIN
+alone, and chooses its weights on a part of TRAIN. Rates are the defaults of `pared recover`.
 
 Each run is noted in RESULT.partial.jsonl as it ends; started again, the program goes on from there. --minutes ends it.
 """
@@ -34,7 +34,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "LLM-Pruner's recipe": {"recipe": "llm-pruner", "keep_first": 1, "keep_last": 1},
     "pared default": {},
     "pared max": {"effort": "max"},
-    "pared max, per-layer": {"effort": "max", "shape": "per-layer", "samples": 256},
+    "pared max, per-layer": {"effort": "max", "shape": "per-layer"},
 }
 # start, method, objective; in the order in which they are run
 RUNS = (
@@ -131,7 +131,7 @@ def prune(args: argparse.Namespace, start: str, share: float, path: Path) -> Non
     if path.exists():
         return
     settings = dict(STARTS[start])
-    base = load_recipe(settings.pop("recipe")) if "recipe" in settings else {"samples": 128, "seq_len": args.seq_len}
+    base = load_recipe(settings.pop("recipe")) if "recipe" in settings else {"seq_len": args.seq_len}
     base |= {"align": 1}
     pared.prune(args.model, out=path, base=base, remove=share, calibration=args.data, **settings)
 

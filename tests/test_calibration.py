@@ -168,6 +168,15 @@ def test_too_little_text_says_what_was_there(letters, tokenizer):
     assert "lower seq_len" in caught.value.fix
 
 
+def test_fewer_windows_are_enough_where_no_number_was_asked_for(letters, tokenizer):
+    every = pack(tokenize_documents(read_documents(letters), tokenizer), 32)
+    drawn = load_calibration(letters, tokenizer, samples=10**6, seq_len=32, seed=0, least=4)
+    assert len(drawn.ids) == len(every) and f"{len(every)} of {len(every)} windows" in drawn.source
+    assert len(load_calibration(letters, tokenizer, samples=6, seq_len=32, seed=0, least=4).ids) == 6
+    with pytest.raises(UsageError, match=f"{len(every) + 1} are asked for"):
+        load_calibration(letters, tokenizer, samples=10**6, seq_len=32, seed=0, least=len(every) + 1)
+
+
 @pytest.mark.parametrize("samples, seq_len", [(0, 16), (-1, 16), (4, 1), (4, 0), (4, 65)])
 def test_sizes_that_make_no_sense_are_refused_for_every_source(letters, tokenizer, samples, seq_len):
     for source in (letters, "self"):

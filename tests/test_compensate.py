@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 import pared
 import pared.calibration
 import tiny
+from pared import walk
 from pared.errors import UsageError
 from pared.evaluate.perplexity import Windows, logits_of, measure
 from pared.walk import Walk
@@ -147,3 +149,43 @@ def test_reconstruction_never_leaves_a_block_worse_on_what_it_did_not_see() -> N
     assert after == before == 0 and all(torch.equal(p, same[n]) for n, p in small.state_dict().items())
     before, after = reconstruct(small, lambda m, h: m(h), inputs, noise, steps=5, seed=0)
     assert after <= before
+
+
+def test_reconstruction_weighs_channels_by_the_power_of_their_gradient() -> None:
+    from pared.reconstruct import reconstruct
+
+    torch.manual_seed(0)
+    inputs = [torch.randn(4, 6, 12) for _ in range(9)]
+    dense = torch.nn.Linear(12, 12)
+    targets = [dense(h).detach() for h in inputs]
+    power = torch.full((12,), 1e-3)
+    power[3] = 1.0
+
+    def errors(power: Tensor | None) -> Tensor:
+        torch.manual_seed(1)
+        narrow = torch.nn.Sequential(torch.nn.Linear(12, 1), torch.nn.Linear(1, 12))  # it can follow one direction alone
+        reconstruct(narrow, lambda m, h: m(h), inputs, targets, steps=400, seed=0, power=power)
+        return torch.stack([(narrow(h) - t).square().mean((0, 1)) for h, t in zip(inputs, targets, strict=True)]).mean(0)
+
+    weighed, alike = errors(power), errors(None)
+    assert weighed[3] < 0.2 * alike[3] and weighed.mean() > alike.mean()
+    assert torch.allclose(errors(7 * torch.ones(12)), alike, atol=1e-3)  # no channel before another
+
+
+def test_errors_count_relative_to_the_stream_that_they_are_added_to(
+    stories: tuple[Any, Tensor, Windows], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token of great size is one token among others, since whatever reads the stream normalises it first."""
+    _, calibration, test = stories
+    model = copy.deepcopy(stories[0])
+    loud = int(torch.mode(calibration.flatten()).values)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[loud] *= 100.0
+
+    def lost() -> float:
+        result = pared.prune(model, remove=0.3, calibration=calibration, align=1).model
+        return measure(logits_of(result), test, against=logits_of(model)).kl or 0.0
+
+    relative = lost()
+    monkeypatch.setattr(walk, "EPSILON", 1e12)  # next to which all tokens have one size
+    assert relative < 0.98 * lost()

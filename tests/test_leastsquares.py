@@ -186,8 +186,40 @@ def test_few_tokens_give_what_their_second_moments_give(centred: bool, n: int) -
         whole = fit.plus(by).at(kept).problem(centred=centred, scale=scale)  # type: ignore[arg-type]
         found.append((scale, new, gain, problem.error(new), best_bias(problem, new), whole.solved(w[:, kept], 1e-1)))
     for want, *others in zip(*found, strict=True):
-        for got in others:
-            assert torch.allclose(torch.as_tensor(want), torch.as_tensor(got), rtol=1e-3, atol=1e-3)
+        close(want, *others)
+
+
+def close(want: Tensor | float, *others: Tensor | float) -> None:
+    """Equal but for rounding, which is relative to the largest number."""
+    want = torch.as_tensor(want)
+    for got in others:
+        assert torch.allclose(want, torch.as_tensor(got), atol=1e-3 * max(1.0, float(want.abs().max())))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("known", [Moments2, FewRows])
+def test_a_tokens_weight_is_how_often_it_counts(known: type[Moments2] | type[FewRows], centred: bool) -> None:
+    g = torch.Generator().manual_seed(17)
+    a, t, w = correlated(60, 12, 17), torch.randn(60, 5, generator=g), torch.randn(5, 12, generator=g)
+    bias, times = torch.randn(5, generator=g) if centred else None, torch.randint(1, 5, (60,), generator=g)
+    found: list[Any] = []
+    for weighted in (True, False):
+        parts = []
+        for at in (slice(0, 40), slice(40, 60)):
+            sums = known() if known is FewRows else Moments2.zeros(12, 5)
+            if weighted:
+                sums.add(a[at], t[at], times[at] / 7)
+            else:
+                sums.add(a[at].repeat_interleave(times[at], 0), t[at].repeat_interleave(times[at], 0))
+            parts.append(sums.mixed(w, bias, 0.7))
+        fit, by = parts
+        new = refit(fit.problem(centred=centred), w)
+        gain = by.problem(centred=centred).gain(w, new)
+        scale, own = fit.scale(centred=centred), fit.of_output(w, bias).problem(centred=centred)
+        every = fit.plus(by).problem(centred=centred)  # type: ignore[arg-type]
+        found.append((scale, new, gain, own.error(new), every.solved(w, 1e-1), best_bias(every, new)))
+    for got, want in zip(*found, strict=True):
+        close(want, got)
 
 
 @pytest.mark.parametrize("centred", [False, True])

@@ -193,8 +193,11 @@ def load_calibration(
     seed: int,
     sampler: Callable[[int, int, int], Tensor] | None = None,
     max_positions: int | None = None,
+    least: int | None = None,
 ) -> Calibration:
     """`samples` windows of `seq_len` tokens, drawn under `seed` without replacement, in the order in which they were drawn.
+
+    least: so many are enough where the text has no more.
 
     source: a .txt or .jsonl file (also .xz, .gz); 'self', text that `sampler(samples, seq_len, seed)` takes from the model;
     a hub dataset as NAME[:CONFIG[:SPLIT[:FIELD]]]; or token ids [n, s], which are taken as they are, every row of them.
@@ -215,6 +218,7 @@ def load_calibration(
         token_lists = _dataset_tokens(str(source), tokenizer, samples * seq_len * _POOL)
         name = str(source)
     windows = pack(token_lists, seq_len)
+    samples = max(min(samples, len(windows)), samples if least is None else least)
     if len(windows) < samples:
         tokens = sum(map(len, token_lists))
         raise UsageError(

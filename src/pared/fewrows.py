@@ -32,14 +32,24 @@ def are_eliminated(tokens: int, n: int) -> bool:
 
 
 class FewRows:
-    """Tokens a [tokens, n] and their targets t [tokens, out], float32."""
+    """Tokens a [tokens, n] and their targets t [tokens, out], float32, both times the root of the token's weight.
 
-    def __init__(self, a: Sequence[Tensor] = (), t: Sequence[Tensor] = ()) -> None:
-        self._a, self._t = list(a), list(t)
+    roots: those roots, [tokens]; one unless tokens are weighted.
+    """
+
+    def __init__(self, a: Sequence[Tensor] = (), t: Sequence[Tensor] = (), roots: Sequence[Tensor] = ()) -> None:
+        self._a, self._t, self._roots = list(a), list(t), list(roots)
 
     @property
     def count(self) -> float:
-        return float(sum(len(a) for a in self._a))
+        """The sum of the weights."""
+        return sum(float(root.square().sum(dtype=torch.float64)) for root in self._roots)
+
+    @property
+    def roots(self) -> Tensor:
+        """[tokens]."""
+        self._roots[:] = [torch.cat(self._roots)]
+        return self._roots[0]
 
     @property
     def inputs(self) -> Tensor:
@@ -53,13 +63,15 @@ class FewRows:
         self._t[:] = [torch.cat(self._t)]
         return self._t[0]
 
-    def add(self, a: Tensor, t: Tensor) -> None:
-        self.add_inputs(a)
-        self._t.append(t.to(torch.float32, copy=True))
+    def add(self, a: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
+        """weight: of each token's squared error, [tokens]; None: one."""
+        self.add_inputs(a, weight)
+        self._t.append(self._roots[-1][:, None] * t)
 
-    def add_inputs(self, a: Tensor) -> None:
+    def add_inputs(self, a: Tensor, weight: Tensor | None = None) -> None:
         """Tokens whose target is not known yet: `of_output` fills it in."""
-        self._a.append(a.to(torch.float32, copy=True))
+        self._roots.append(torch.ones(len(a), device=a.device) if weight is None else weight.float().sqrt())
+        self._a.append(self._roots[-1][:, None] * a)
 
     def total(self) -> None:
         """Several processes keep sums instead."""
@@ -67,13 +79,13 @@ class FewRows:
     def plus(self, other: FewRows) -> FewRows:
         """These tokens and those of another, in the place of this one."""
         if other is not self:
-            self._a, self._t = self._a + other._a, self._t + other._t
+            self._a, self._t, self._roots = self._a + other._a, self._t + other._t, self._roots + other._roots
         return self
 
     def of_output(self, w: Tensor, bias: Tensor | None = None) -> FewRows:
         """The same inputs with the layer's own output as the target: w a (+ bias)."""
         t = self.inputs @ w.float().T
-        return FewRows(self._a, [t if bias is None else t.add_(bias.float())])
+        return FewRows(self._a, [t if bias is None else t.addr_(self.roots, bias.float())], self._roots)
 
     def mixed(self, w: Tensor, bias: Tensor | None, alpha: float) -> FewRows:
         """The target (1 - alpha) (w a + bias) + alpha t in the place of t: what the layer does now, and a part of t."""
@@ -83,15 +95,30 @@ class FewRows:
 
     def at(self, kept: Tensor) -> FewRows:
         """Those of some channels alone, int64 [kept]."""
-        return FewRows([self.inputs[:, kept]], self._t)
+        return FewRows([self.inputs[:, kept]], self._t, self._roots)
 
     def mean(self) -> Tensor:
         """E a, float64 [n]."""
-        return self.inputs.double().mean(0)
+        return self._mean(self.inputs)
+
+    def _mean(self, rows: Tensor) -> Tensor:
+        """Of what is scaled, float64."""
+        return (self.roots.double() @ rows.double()) / (self.count or 1.0)
+
+    def mean_target(self) -> Tensor:
+        """E t, float64 [out]."""
+        return self._mean(self.targets)
+
+    def centred(self, rows: Tensor, mean: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Inputs or targets, less a mean if one is given, of which the sum of squares is the weighted mean over tokens: a matrix of its own."""
+        out = rows.to(dtype, copy=True)
+        if mean is not None:
+            out.addr_(self.roots.to(dtype), mean.to(dtype), alpha=-1)
+        return out.div_((self.count or 1.0) ** 0.5)
 
     def scale(self, *, centred: bool) -> float:
         """The mean over channels of E a^2, or of a's variance: damping is relative to it."""
-        scale = float(self.inputs.square().mean(dtype=torch.float64))
+        scale = float(self.inputs.square().sum(dtype=torch.float64)) / (self.count or 1.0) / self.inputs.shape[1]
         return scale - float(self.mean().square().mean()) if centred else scale
 
     @property
@@ -105,7 +132,7 @@ class FewRows:
 
     def inverse(self, added: float, *, centred: bool) -> FewInverse | DenseInverse:
         """(C + added I)^-1: the matrix, or what it follows from where that costs less."""
-        a = _rooted(self.inputs, self.mean() if centred else None, torch.float64)
+        a = self.centred(self.inputs, self.mean() if centred else None, torch.float64)
         return FewInverse(a, added) if are_eliminated(*a.shape) else DenseInverse.of_few(a, added)
 
     def regressed(self, h: FewInverse | DenseInverse, w: Tensor, added: float, *, centred: bool) -> Tensor:
@@ -124,7 +151,7 @@ class BetweenTokens:
 
     def __init__(self, rows: FewRows, centred: bool, scale: float, dtype: torch.dtype) -> None:
         self.rows, self.centred, self.scale, self.dtype = rows, centred, scale, dtype
-        a, t = rows.mean(), rows.targets.double().mean(0)
+        a, t = rows.mean(), rows.mean_target()
         self.mean_a, self.mean_t = (a, t) if centred else (torch.zeros_like(a), torch.zeros_like(t))
 
     def at(self, kept: Tensor) -> BetweenTokens:
@@ -132,10 +159,10 @@ class BetweenTokens:
         return BetweenTokens(self.rows.at(kept), self.centred, self.scale, self.dtype)
 
     def _inputs(self) -> Tensor:
-        return _rooted(self.rows.inputs, self.mean_a if self.centred else None, self.dtype)
+        return self.rows.centred(self.rows.inputs, self.mean_a if self.centred else None, self.dtype)
 
     def _targets(self) -> Tensor:
-        return _rooted(self.rows.targets, self.mean_t if self.centred else None, self.dtype)
+        return self.rows.centred(self.rows.targets, self.mean_t if self.centred else None, self.dtype)
 
     def solved(self, w: Tensor, damping: float) -> Tensor:
         left, a = self.dual(w, ridge(self.scale, damping))
@@ -173,11 +200,3 @@ class BetweenTokens:
             return found
 
         return gain
-
-
-def _rooted(rows: Tensor, mean: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Rows, centred or not, of which the sum of squares is the mean over tokens: a matrix of its own."""
-    out = rows.to(dtype, copy=True)
-    if mean is not None:
-        out -= mean.to(dtype)
-    return out.div_(max(1, len(rows)) ** 0.5)

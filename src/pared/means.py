@@ -126,7 +126,7 @@ def resources_of(
 ) -> tuple[Resources, Footprint | None]:
     """What the run may use, decided before it starts; None where nothing but the vocabulary is pruned."""
     stored = modeling.checkpoint_dtype(source.checkpoint) if source.checkpoint else next(source.runnable.parameters()).dtype  # type: ignore[union-attr]
-    samples, seq_len = (recipe.samples, recipe.seq_len or DEFAULT_SEQ_LEN) if ids is None else ids.shape
+    samples, seq_len = (recipe.windows, recipe.seq_len or DEFAULT_SEQ_LEN) if ids is None else ids.shape
     need = need_of(
         source, recipe, stored=stored, samples=samples, seq_len=seq_len, writes=out is not None, base=resident_bytes()
     )

@@ -77,7 +77,8 @@ class Upper:
 class Moments2:
     """Sums over tokens for one consumer: a [tokens, n], t [tokens, out]. fp32, divided by `count` when read.
 
-    upper: sum of a a^T; ta: of t a^T; tt: of ||t||^2.
+    upper: sum of a a^T; ta: of t a^T; tt: of ||t||^2. Where tokens have weights, all are weighted sums and `count` is that of
+    the weights.
     """
 
     count: float
@@ -101,11 +102,18 @@ class Moments2:
         """The sum of a a^T, [n, n], in memory of its own."""
         return self.upper.whole(torch.float32)
 
-    def add(self, a: Tensor, t: Tensor) -> None:
-        a, t = a.float(), t.float()
-        self.add_inputs(a)
+    def add(self, a: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
+        """weight: of each token's squared error, [tokens]; None: one."""
+        root = torch.ones(len(a), device=a.device) if weight is None else weight.float().sqrt()
+        self.add_scaled(root[:, None] * a.float(), root[:, None] * t.float(), root)
+
+    def add_scaled(self, a: Tensor, t: Tensor, root: Tensor) -> None:
+        """Tokens that are multiplied by the root of their weight already, and that root, [tokens]."""
+        self.count += float(root.square().sum(dtype=torch.float64))
+        self.upper.add_square(a)
+        self.a += root @ a
         self.ta.addmm_(t.T, a)
-        self.t += t.sum(0)
+        self.t += root @ t
         self.tt += float(t.square().sum(dtype=torch.float64))
 
     def add_inputs(self, a: Tensor) -> None:
@@ -123,7 +131,7 @@ class Moments2:
     def plus(self, other: Moments2 | FewRows) -> Moments2:
         """These tokens and those of another, in the place of this one; other sums are emptied."""
         if isinstance(other, FewRows):
-            self.add(other.inputs, other.targets)
+            self.add_scaled(other.inputs, other.targets, other.roots)
             return self
         self.upper.flat += other.upper.flat
         for mine, more in ((self.ta, other.ta), (self.a, other.a), (self.t, other.t)):
@@ -174,13 +182,18 @@ class Moments2:
         """Those of some channels alone, int64 [kept]."""
         return Moments2(self.count, self.upper.at(kept), self.ta[:, kept], self.a[kept], self.t.clone(), self.tt)
 
+    @property
+    def divisor(self) -> float:
+        """What sums are divided by: one where there are no tokens."""
+        return self.count or 1.0
+
     def mean(self) -> Tensor:
         """E a, float64 [n]."""
-        return self.a.double() / max(self.count, 1.0)
+        return self.a.double() / self.divisor
 
     def scale(self, *, centred: bool) -> float:
         """The mean over channels of E a^2, or of a's variance: damping is relative to it."""
-        scale = float(self.upper.diagonal().double().mean()) / max(self.count, 1.0)
+        scale = float(self.upper.diagonal().double().mean()) / self.divisor
         return scale - float(self.mean().square().mean()) if centred else scale
 
     @property
@@ -190,14 +203,14 @@ class Moments2:
 
     def square(self, *, centred: bool, dtype: torch.dtype = torch.float64) -> Tensor:
         """C [n, n], a matrix of its own."""
-        n = max(self.count, 1.0)
+        n = self.divisor
         c = self.upper.whole(dtype).div_(n)
         a = self.a.to(dtype) / n
         return c.addr_(a, a, alpha=-1) if centred else c
 
     def cross(self, rows: slice = slice(None), *, centred: bool, dtype: torch.dtype = torch.float64) -> Tensor:
         """X [out, n], or some of its rows, a matrix of its own."""
-        n = max(self.count, 1.0)
+        n = self.divisor
         x = self.ta[rows].to(dtype, copy=True).div_(n)
         return x.addr_(self.t[rows].to(dtype) / n, self.a.to(dtype) / n, alpha=-1) if centred else x
 
@@ -225,7 +238,7 @@ class NormalEquations:
 
     def __init__(self, sums: Moments2, centred: bool, scale: float, dtype: torch.dtype) -> None:
         self.sums, self.centred, self.scale, self.dtype = sums, centred, scale, dtype
-        n = max(sums.count, 1.0) if centred else float("inf")
+        n = sums.divisor if centred else float("inf")
         self.mean_a, self.mean_t = sums.a.to(dtype) / n, sums.t.to(dtype) / n
 
     @property
@@ -252,7 +265,7 @@ class NormalEquations:
 
     def error(self, w: Tensor) -> float:
         """E||t - W' a - b||^2 of given weights [out, n] with their best bias."""
-        power = self.sums.tt / max(self.sums.count, 1.0) - float(self.mean_t.double() @ self.mean_t.double())
+        power = self.sums.tt / self.sums.divisor - float(self.mean_t.double() @ self.mean_t.double())
         return float(((w @ self.c) * w).sum() - 2 * (w * self.x()).sum()) + power
 
     def gain(self, before: Tensor, after: Tensor) -> float:
@@ -265,7 +278,7 @@ class NormalEquations:
 
     def _onto(self, w: Tensor) -> Tensor:
         """w [rows, n] times C, in float32."""
-        w, n = w.float(), max(self.sums.count, 1.0)
+        w, n = w.float(), self.sums.divisor
         out = self.sums.upper.times(w).div_(n)
         if self.centred:
             mean = self.sums.a / n

@@ -88,11 +88,11 @@ def predict(
     source = Source(None, None, None, found.config, found.per_layer, found.layout)
     recipe = resolve(make_recipe(dict(base or {}), **settings), source)
     seq_len = recipe.seq_len or DEFAULT_SEQ_LEN
-    need = need_of(source, recipe, stored=found.dtype, samples=recipe.samples, seq_len=seq_len, writes=True, base=resident)
+    need = need_of(source, recipe, stored=found.dtype, samples=recipe.windows, seq_len=seq_len, writes=True, base=resident)
     if need is None:
         return None
     resources = choose(
-        need, limits or Limits(), largest_batch(recipe, recipe.samples, seq_len), device=recipe.device, check=False
+        need, limits or Limits(), largest_batch(recipe, recipe.windows, seq_len), device=recipe.device, check=False
     )
     if hardware is None:
         sizes = (resources.batch * seq_len, found.layout.sizes["hidden"], _widest(found.layout))

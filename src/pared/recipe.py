@@ -18,6 +18,9 @@ Structure = Literal["kv", "query", "ffn", "expert", "hidden", "layer", "attentio
 # LLM-Pruner's names for what to remove, for people who come from it.
 STRATEGIES: dict[Any, tuple[str, ...]] = {"block-wise": ("kv", "ffn"), "channel-wise": ("hidden",), "layer-wise": ("layer",)}
 
+# Calibration windows, and how many of them the highest effort takes.
+WINDOWS, MOST_WINDOWS = 128, 512
+
 
 class Recipe(BaseModel):
     """Settings of one run. Unknown keys are refused; a recipe can not name code."""
@@ -81,7 +84,10 @@ class Recipe(BaseModel):
     keep_last: int = Field(default=0, ge=0, description="layers at the end that are left alone")
     iterative_steps: int = Field(default=1, ge=1, description="remove in this many steps, measuring anew after each")
     calibration: str = Field(default="self", description="text file, .jsonl, hub data set, or self: text that the model writes")
-    samples: int = Field(default=128, description="calibration windows")
+    samples: int | None = Field(
+        default=None,
+        description=f"calibration windows; by default {WINDOWS}, and at the highest effort up to {MOST_WINDOWS}, as the text has them",
+    )
     seq_len: int | None = Field(default=None, description="tokens in a window; by default 512, or what the model can take")
     batch: int = Field(default=8, ge=1, description="windows that run together")
     context: int = Field(default=1024, ge=1, description="tokens that flops are counted at, and a time is measured for")
@@ -103,6 +109,13 @@ class Recipe(BaseModel):
         if isinstance(data, dict) and cls._split(data.get("structures")) in (("vocab",), ["vocab"]):
             return {"remove": None, "of": "params", **data}
         return data
+
+    @property
+    def windows(self) -> int:
+        """Calibration windows. Gradient descent on the blocks wants more of them than the solves do."""
+        if self.samples is not None:
+            return self.samples
+        return MOST_WINDOWS if self.effort == "max" else WINDOWS
 
     @property
     def share(self) -> float:

@@ -2,8 +2,8 @@
 
 The loss is the distance of the pruned stream's next hidden state to the dense stream's, so what earlier blocks lost is
 repaired as far as this block can. It is taken relative to each token's own size, as everything that reads the stream
-normalises it first; without that, a few tokens of great size would be all that counts. One block is resident; nothing is
-differentiated but it.
+normalises it first; without that, a few tokens of great size would be all that counts. Where the power of the loss's
+gradient in each channel was measured, channels count by it. One block is resident; nothing is differentiated but it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pared.distributed import Share, total_by_name, total_of
 # Step of Adam, as a share of each tensor's root mean square: 3e-3 on weights of size 0.1.
 RELATIVE_RATE = 3e-2
 CHECKS = 5
+# What channels count for apart from the power of their gradient, as a share.
+ALIKE = 0.1
 
 
 def reconstruct(
@@ -30,14 +32,16 @@ def reconstruct(
     steps: int,
     seed: int,
     held_out: int = 8,
+    power: Tensor | None = None,
     share: Share | None = None,
 ) -> tuple[float, float]:
     """Train `block` in place so that run(block, inputs[b]) comes near targets[b], each [rows, s, hidden].
 
     Every `held_out`-th batch is kept aside: the weights that do best on it stay, and those are the ones the block came
-    with if no step helped. share: what of all batches is here, where several processes have a part of each; a step then
+    with if no step helped. power: the mean square of the loss's gradient at the block's output, [hidden]; channels are weighted
+    by it. share: what of all batches is here, where several processes have a part of each; a step then
     takes the gradient over the rows of all of them. Returns the held-out error before and after: the
-    mean over tokens of the squared distance relative to the target's mean square.
+    mean over tokens of the squared distance, so weighted, relative to the target's mean square.
     """
     count = len(inputs) if share is None else share.batches
     place = {number: b for b, number in enumerate(range(count) if share is None else share.parts)}
@@ -48,11 +52,13 @@ def reconstruct(
     groups = [{"params": [p], "lr": r, "rate": r} for p, r in zip(parameters, rates, strict=True) if r > 0]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
+    weight = None if power is None else _weights(power).to(parameters[0].device)
 
     def loss_on(number: int) -> Tensor:
         """Of a batch's rows here, weighted by what they are of all."""
         b = place[number]
-        wrong = (run(block, inputs[b]) - targets[b]).float().square().mean(-1)
+        wrong = (run(block, inputs[b]) - targets[b]).float().square()
+        wrong = wrong.mean(-1) if weight is None else wrong @ weight / len(weight)
         loss = (wrong / targets[b].float().square().mean(-1).clamp(min=1e-12)).mean()
         return loss if share is None else loss * share.parts[number]
 
@@ -87,6 +93,12 @@ def reconstruct(
             p.copy_(value)
             p.requires_grad_(False)
     return before, best
+
+
+def _weights(power: Tensor) -> Tensor:
+    """What channels count for, with a mean of one."""
+    power = power.float().clamp(min=0)
+    return (1 - ALIKE) * power / power.mean().clamp(min=torch.finfo(torch.float32).tiny) + ALIKE
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:

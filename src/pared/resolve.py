@@ -13,7 +13,7 @@ from pared.calibration import Calibration, load_calibration, sample_from_model
 from pared.criteria import WHOLE, get_criterion
 from pared.effort import GENERATIONS, STEPS, tried
 from pared.errors import ModelError
-from pared.recipe import Recipe, make_recipe
+from pared.recipe import WINDOWS, Recipe, make_recipe
 from pared.source import Source
 from pared.structure import SUBLAYERS, Layout
 
@@ -152,9 +152,10 @@ def calibrate(source: Source, recipe: Recipe, ids: torch.Tensor | None = None) -
     return load_calibration(
         what,
         tokenizer,
-        samples=recipe.samples,
+        samples=recipe.windows,
         seq_len=recipe.seq_len or DEFAULT_SEQ_LEN,
         seed=recipe.seed,
         sampler=sampler,
         max_positions=limit,
+        least=WINDOWS if recipe.samples is None else None,
     )

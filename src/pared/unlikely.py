@@ -16,7 +16,7 @@ from pared.calibration import Batch
 # For so many sequences of the calibration one of scrambled tokens, where shapes are judged.
 SCRAMBLED = 2
 # For so many one of random tokens, where weights are fitted: the first behind half as many.
-ANY = 32
+ANY = 16
 # Sequences of the calibration below which there is none where blocks are reconstructed: one of the few held-out ones would
 # then be random, and veto what helps text.
 RECONSTRUCTED = 64

@@ -28,6 +28,8 @@ from pared.structure import Layout
 
 # One sequence in this many tells how far the fit to the others can be trusted.
 HELD_OUT = 8
+# Added to the mean square of hidden states before it is divided by, as norms do.
+EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Method:
     consumers as well. reselect: axes, each of one consumer, whose units are chosen in the
     walk; the plan then says how many.
     fisher: (layer, consumer's local name) -> E[g g^T] of its output's gradient, or its diagonal, which weighs the output's
-    error where units are chosen. steps: of block reconstruction, after the refit. fit: how many of the batches, from the first on, are
+    error where units are chosen; the diagonal does in reconstruction as well. steps: of block reconstruction, after the refit. fit: how many of the batches, from the first on, are
     fitted to; None: all. guarded: held-out sequences choose the damping and can veto a refit.
     """
 
@@ -144,14 +146,20 @@ class Walk:
         if single or (last and not self.method.steps):
             return None
         if entered is not None and again:
-            return self._finish(entered, dense.at)
+            return self._finish(entered, dense.at, self._power(stages))
         assert now is not None
         module, stage = self._module(self.keep), len(order) if stages.rest else len(order) - 1
         store = self.stream.pool.store
         after = store(run_from(self.stream, module, self.i, stages, stage, now[b]) for b in range(few))
         return after if entered is None else after + self.stream.through(module, self.i, entered[few:])
 
-    def _finish(self, entered: States, after: States) -> States:
+    def _power(self, stages: Stages) -> Tensor | None:
+        """The mean square of the loss's gradient at what leaves the block, [hidden], where it was measured: what the last
+        consumer adds to."""
+        power = self.method.fisher.get((self.i, stages.order[-1])) if stages.adds and stages.order else None
+        return power if power is not None and power.ndim == 1 else None
+
+    def _finish(self, entered: States, after: States, power: Tensor | None = None) -> States:
         """The pruned stream from the block's start, its weights reconstructed before if that is wanted."""
         module = self._module(self.keep)
         if self.method.steps:
@@ -163,6 +171,7 @@ class Walk:
                 after,
                 steps=self.method.steps,
                 seed=self.method.seed + self.i,
+                power=power,
                 share=self.stream.share,
             )
             self.changed = {n: p.detach() for n, p in module.named_parameters()}
@@ -250,14 +259,14 @@ class Walk:
         waiting = self.stream.pool.store()
         row = 0
         for b in range(few):
-            a, target = self._fitted_to(stage, dense, now, b, module, same=same, needed=fits or moves, bridge=bridge)
+            a, target, weight = self._fitted_to(stage, dense, now, b, module, same=same, needed=fits or moves, bridge=bridge)
             if fits:
                 for k in range(len(a)):
-                    _add(sums[0], sums[1], a[k], target[k], self._row(row + k))
+                    _add(sums[0], sums[1], a[k], target[k], self._row(row + k), None if weight is None else weight[k])
             if moves:
                 waiting.append(a)
             row += len(a)
-            del a, target  # while the next batch runs, and the solves, they would be the largest of all
+            del a, target, weight  # while the next batch runs, and the solves, they would be the largest of all
         del module
         if few == len(dense.at) and stages.apart:
             self._let_go(stages, stage)
@@ -278,19 +287,22 @@ class Walk:
 
     def _fitted_to(
         self, stage: int, dense: Dense, now: States, b: int, module: nn.Module, *, same: bool, needed: bool, bridge: bool
-    ) -> tuple[Tensor, Tensor]:
-        """A consumer's input on the pruned stream [b, s, n], and what it should give there [b, s, out], for one batch."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """For one batch a consumer's input on the pruned stream [b, s, n], what it should give there [b, s, out], and what
+        each token counts for [b, s]: errors are relative to the dense stream that they are added to. None: all count alike."""
         there = dense.consumer(stage, b)
         if not needed:
-            return there.residual, there.residual
+            return there.residual, there.residual, None
         here = there
         if not same or there.a is None:
             there = replace(there, a=None, after=None)
             here = consumer_at(self.stream, module, self.i, dense.stages, stage, now[b])
         assert here.a is not None and there.y is not None
-        if bridge and self.beyond is not None:
-            return here.a, self.beyond[b] - here.residual
-        return here.a, there.residual + there.y - here.residual if dense.stages.adds else there.y
+        if not dense.stages.adds:
+            return here.a, there.y, None
+        after = self.beyond[b] if bridge and self.beyond is not None else there.residual + there.y
+        size = after.float().square().mean(-1)
+        return here.a, after - here.residual, None if self.method.mode == "bias" else 1 / (size + EPSILON)
 
     def _gives(self, name: str, a: Tensor) -> Tensor:
         """What a consumer, cut and refitted, adds to the stream; a: its input, all channels."""
@@ -389,6 +401,8 @@ def _tokens(states: States, few: int) -> int:
     return sum(h.shape[0] * h.shape[1] for h in states[:few].like())
 
 
-def _add(fit: Sums, held: Sums, a: Tensor, t: Tensor, row: int) -> None:
-    """Add one sequence, [s, n] and [s, out], to one of the two: every HELD_OUT-th is held out. row: its number."""
-    (held if row % HELD_OUT == HELD_OUT - 1 else fit).add(a, t)
+def _add(fit: Sums, held: Sums, a: Tensor, t: Tensor, row: int, weight: Tensor | None = None) -> None:
+    """Add one sequence, [s, n] and [s, out], its tokens weighted by [s], to one of the two: every HELD_OUT-th is held out.
+
+    row: its number."""
+    (held if row % HELD_OUT == HELD_OUT - 1 else fit).add(a, t, weight)
