@@ -189,3 +189,23 @@ def test_errors_count_relative_to_the_stream_that_they_are_added_to(
     relative = lost()
     monkeypatch.setattr(walk, "EPSILON", 1e12)  # next to which all tokens have one size
     assert relative < 0.98 * lost()
+
+
+def test_what_the_criterion_measured_of_gradients_weighs_in_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor | None] = []
+    real = walk.reconstruct
+
+    def watched(*given: Any, power: Tensor | None, **more: Any) -> tuple[float, float]:
+        seen.append(power)
+        return real(*given, power=power, **more)
+
+    monkeypatch.setattr(walk, "reconstruct", watched)
+    for family, measured in (("llama", True), ("gpt_neox", True), ("olmo2", False)):  # there norms follow the sublayers
+        model = tiny.model(family)
+        seen.clear()
+        pruned(model, shape="per-layer", allocate="global", criterion="obs-fisher", reconstruct=2)
+        assert seen and all((p is not None) == measured for p in seen)
+        assert all(p is None or (p.shape == (model.config.hidden_size,) and bool((p > 0).all())) for p in seen)
+    seen.clear()
+    pruned(tiny.model("llama"), criterion="obs", reconstruct=2)
+    assert seen and not any(p is not None for p in seen)

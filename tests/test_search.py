@@ -16,7 +16,7 @@ import tiny
 from pared.budget import Amount, Budget
 from pared.budget.levels import measure_levels
 from pared.budget.search import Shape, combined, mutate, search
-from pared.budget.trials import Judges
+from pared.budget.trials import ENOUGH, MOST_NEAR, NEAR, Judges
 from pared.budget.uniform import allocate_uniform, per_layer, uniform_shapes
 from pared.calibration import Batch
 from pared.compensate import compensate
@@ -185,6 +185,24 @@ def test_trials_side_by_side_are_trials_one_by_one() -> None:
     for judge in (lambda s: judges.sequential(s, 0.5), judges.quick):
         together = judge(shapes)
         assert together == [judge([s])[0] for s in shapes] and together[3] == 0.0 < together[0]
+
+
+def test_uniform_shapes_that_come_near_each_other_are_compared_as_the_walk_would_make_them() -> None:
+    stream = Stream(tiny.model("llama"), layout("llama"))
+    shapes: list[Shape] = [{i: s for i in range(3)} for s in ({"ffn": 24}, {"ffn": 32, "query": 1}, {"ffn": 26}, {"ffn": 4})]
+    few, enough = (Judges(stream, AXES, rows(n), 4) for n in (ENOUGH - 1, ENOUGH))
+    assert few.uniform(shapes) == few.quick(shapes)
+    quick, again = enough.quick(shapes), enough.uniform(shapes)
+    least = min(quick)
+    near = [k for k, loss in enumerate(quick) if loss <= NEAR * least]
+    assert 1 < len(near) <= MOST_NEAR < len(shapes) and min(again[k] for k in range(4) if k not in near) > NEAR * least
+    # The order among these is that of the walk: the same sequences to fit to and to judge by.
+    walked = Judges(stream, AXES, rows(ENOUGH), 4)
+    walked.fit, walked.judged = walked.again, walked.compared
+    found = walked.sequential([shapes[k] for k in near], 1.0)
+    ratios = [again[k] / loss for k, loss in zip(near, found, strict=True)]
+    assert ratios == pytest.approx([ratios[0]] * len(near))
+    assert again[min(near, key=quick.__getitem__)] == pytest.approx(least)
 
 
 def test_parts_of_a_sequence_give_the_divergence_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,13 +65,15 @@ class FewRows:
 
     def add(self, a: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
         """weight: of each token's squared error, [tokens]; None: one."""
-        self.add_inputs(a, weight)
-        self._t.append(self._roots[-1][:, None] * t)
+        root = torch.ones(len(a), device=a.device) if weight is None else weight.float().sqrt()
+        self._a.append(root[:, None] * a.float())
+        self._t.append(root[:, None] * t.float())
+        self._roots.append(root)
 
-    def add_inputs(self, a: Tensor, weight: Tensor | None = None) -> None:
+    def add_inputs(self, a: Tensor) -> None:
         """Tokens whose target is not known yet: `of_output` fills it in."""
-        self._roots.append(torch.ones(len(a), device=a.device) if weight is None else weight.float().sqrt())
-        self._a.append(self._roots[-1][:, None] * a)
+        self._a.append(a.to(torch.float32, copy=True))
+        self._roots.append(torch.ones(len(a), device=a.device))
 
     def total(self) -> None:
         """Several processes keep sums instead."""

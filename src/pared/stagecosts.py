@@ -10,7 +10,7 @@ from pared import solves
 from pared.blockcosts import Block, Work
 from pared.budget import Amount, Budget
 from pared.budget.levels import ROUGHLY
-from pared.budget.trials import FEW, KEPT, split_rows
+from pared.budget.trials import FEW, KEPT, MOST_NEAR, split_rows
 from pared.budget.uniform import Shape, uniform_shapes
 from pared.criteria import get_criterion
 from pared.effort import GENERATIONS, measures
@@ -183,32 +183,55 @@ def measuring(work: Work, blocks: list[Block], end: int) -> list[Stage]:
     if work.samples < 1 or not measures(recipe, work.layout, work.axes):
         return []  # that there are no samples is refused where they are drawn
     big = max(blocks, key=lambda b: b.entries)
+    split = split_rows(work.samples)
+    compared = split.compared + split.compared // SCRAMBLED
+    if recipe.allocate == "search":
+        rounds = 2 * (recipe.search_steps or GENERATIONS[recipe.effort]) + 1
+        gone = {n: 9 * (1 - recipe.share) for n, _, _ in big.consumers}
+        return _trials(work, blocks, end, "trials", 9, split.few, 0.4 * work.samples, gone, rounds=rounds, walked=True)
+    budget = Budget(work.layout, Amount(recipe.share, recipe.of), work.axes, experts_used=work.experts_used)
+    shapes, widths = uniform_shapes(budget), [n for n, _, _ in big.consumers]
+    found = _trials(work, blocks, end, "trials", len(shapes), split.measured, compared, _gone(budget, shapes, widths))
+    near = min(len(shapes), MOST_NEAR)
+    if split.again and near > 1:  # at most: where shapes come near each other
+        gone = {n: near * (1 - recipe.share) for n in widths}
+        found += _trials(work, blocks, end, "near trials", near, split.again, split.again + compared, gone, walked=True)
+    return found
+
+
+def _trials(
+    work: Work,
+    blocks: list[Block],
+    end: int,
+    name: str,
+    models: int,
+    seen: int,
+    run: float,
+    gone: dict[int, float],
+    *,
+    rounds: int = 1,
+    walked: bool = False,
+) -> list[Stage]:
+    """So many models beside the dense one, measured on some sequences and run on others. walked: as the walk refits."""
+    recipe = work.recipe
+    big = max(blocks, key=lambda b: b.entries)
     whole = _whole(work, blocks) + 2 * work.stored * end
     block, one = work.itemsize * big.entries, _states(work, big) / work.samples
-    fit, _, measured, compared = split_rows(work.samples)
-    compared += compared // SCRAMBLED
-    if recipe.allocate == "search":
-        models, rounds, seen, run = 9, 2 * (recipe.search_steps or GENERATIONS[recipe.effort]) + 1, fit, 0.4 * work.samples
-        gone = {n: models * (1 - recipe.share) for n, _, _ in big.consumers}
-    else:
-        budget = Budget(work.layout, Amount(recipe.share, recipe.of), work.axes, experts_used=work.experts_used)
-        shapes = uniform_shapes(budget)
-        models, rounds, seen, run = len(shapes), 1, measured, compared
-        gone = _gone(budget, shapes, [n for n, _, _ in big.consumers])
     tokens = seen * work.seq_len
     parts = [_consumer(work, *c, tokens) for c in big.consumers]
-    sums = sum(c.sums(0 if recipe.allocate != "search" else c.out) for c in parts)
+    sums = sum(c.sums(c.out if walked else 0) for c in parts)
     eliminated = max((c.eliminated * (1 if k == len(parts) - 1 else 2) for k, c in enumerate(parts)), default=0)
     cut = int((1 - recipe.share) * work.itemsize * big.producer_entries)
     fixed = block + sums + max(eliminated, cut)
     refitted = models * sum(c.weights for c in parts)
-    if recipe.allocate == "search":
-        fixed += min(KEPT, work.layout.num_layers * sums) + max((c.selected for c in parts), default=0)
+    if walked:
+        fixed += min(KEPT, work.layout.num_layers * sums) if rounds > 1 else 0
+        fixed += max((c.selected for c in parts), default=0)
     every = [_consumer(work, *c, tokens) for b in blocks for c in b.consumers]
     passes = rounds * (seen + (models * (1 - recipe.share) + 1) * run) / work.samples
     return [
         Stage(
-            "trials",
+            name,
             fixed,
             _row(work, big),
             int(2 * (seen + (models + 1) * run) * one) + refitted,
@@ -220,7 +243,7 @@ def measuring(work: Work, blocks: list[Block], end: int) -> list[Stage]:
             touched=passes * _touched(work, blocks) + rounds * sum(c.touched(gone.get(c.n, 0.2), ROUGHLY) for c in every),
         ),
         Stage(
-            "trials' logits",
+            f"{name}' logits",
             work.itemsize * end + 7 * 4 * min(FEW, work.seq_len) * work.layout.sizes["vocab"],
             states=int((models + 1) * run * one),
             flops=rounds * (models + 1) * _head(work, run * work.seq_len),

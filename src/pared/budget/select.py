@@ -115,9 +115,9 @@ def make_plan(
         value[list(budget.protected)] = float("inf")
         worth = value.argsort(descending=True, stable=True).tolist()
     if judges is not None and "layer" in budget.axes:
-        chosen = allocate_mixed(budget, judges.quick, functools.partial(judges.sequential, share=1.0), worth[::-1])
+        chosen = allocate_mixed(budget, judges.uniform, functools.partial(judges.sequential, share=1.0), worth[::-1])
     else:
-        chosen = allocate_uniform(budget, judges.quick if judges is not None else None)
+        chosen = allocate_uniform(budget, judges.uniform if judges is not None else None)
     kept = sorted(worth[: chosen.layers])
     sizes = {i: {} if i in budget.protected else dict(chosen.sizes) for i in kept}
     return _plan(budget, scores, sizes, kept, chosen.hidden, shape, provenance)

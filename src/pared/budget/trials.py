@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,20 +33,39 @@ LevelsAt = Callable[[int, nn.Module, States], tuple[States, Levels]]
 KEPT = 2 << 30
 # Tokens whose logits are there at once: with a large vocabulary they are the largest tensor of all.
 FEW = 128
+# Uniform shapes whose loss is within this factor of the least are compared once more, so many of them at most.
+NEAR, MOST_NEAR = 1.2, 3
+# Sequences of calibration from which on they are: with fewer that would cost more than all else.
+ENOUGH = 64
 
 
-def split_rows(n: int) -> tuple[int, int, int, int]:
-    """Of so many sequences of calibration: how many trials as the walk are fitted to and judged on, and how many uniform
-    shapes are measured and compared on; without those that `with_scrambled` adds to both that judge."""
+@dataclass(frozen=True)
+class Split:
+    """How many of a calibration's sequences trials take; those that judge without what `with_scrambled` adds.
+
+    few, many: fitted to and judged on as the walk does. measured, compared: what uniform shapes are fitted to on dense inputs,
+    and judged on. again: fitted to as the walk does where uniform shapes come near each other; 0: they are not.
+    """
+
+    few: int
+    many: int
+    measured: int
+    compared: int
+    again: int
+
+
+def split_rows(n: int) -> Split:
+    """Of so many sequences."""
     few, many = max(1, min(n // 2, max(8, n // 16))), max(1, min(n // 4, max(8, n // 8)))
-    return few, many, max(1, n // 8), max(1, min(many, n // 8))
+    return Split(few, many, max(1, n // 8), max(1, min(many, n // 8)), 3 * n // 16 if n >= ENOUGH else 0)
 
 
 class Judges:
     """Two ways to say how far shapes are from the dense model, in nats of KL per token, on sequences of the calibration.
 
-    quick: refits on dense inputs, one pass over the candidates' own blocks; enough to compare uniform shapes.
+    quick: refits on dense inputs, one pass over the candidates' own blocks; enough to tell most uniform shapes apart.
     sequential: as the walk that follows, on few sequences; where layers differ, what later ones repair counts.
+    uniform: the former, and those that come near the best as the latter does.
     Both are judged on the calibration's text and on some of its tokens in random order as well, which tells what a shape
     loses on text of another kind.
     power: as in `Scores`: what weighs errors where the latter chooses units.
@@ -59,14 +79,17 @@ class Judges:
         batch: int,
         power: Mapping[tuple[int, str], Tensor] | None = None,
     ) -> None:
-        few, many, measured, brief = split_rows(len(rows))
+        split = split_rows(len(rows))
+        many, brief = split.many, split.compared
         self.stream, self.axes = stream, axes
         # Rows that are judged by come first, those that are fitted to after them; a single row has to do for both.
         self.judged = together(own_rows(with_scrambled(rows[:many])), batch)
-        self.fit = together(own_rows(rows[many : many + few] or rows[:1]), batch)
+        self.fit = together(own_rows(rows[many : many + split.few] or rows[:1]), batch)
         # Shapes that are alike everywhere differ by more than the noise of few sequences.
         self.compared = together(own_rows(with_scrambled(rows[:brief])), batch)
-        self.measured = together(own_rows(rows[brief : brief + measured] or rows[:1]), batch)
+        self.measured = together(own_rows(rows[brief : brief + split.measured] or rows[:1]), batch)
+        self.again = together(own_rows(rows[brief : brief + split.again]), batch)
+        self._compares_again = split.again > 0
         self._levels: dict[int, Levels] = {}
         self._power = power or {}
 
@@ -77,6 +100,22 @@ class Judges:
             return measure_levels(self.stream, block, i, dense[:skip], self.axes)
 
         return score_shapes(self.stream, levels, shapes, [], self.compared, only_seen=self.measured)
+
+    def uniform(self, shapes: Sequence[Shape]) -> list[float]:
+        losses = self.quick(shapes)
+        least = min(losses)
+        near = [k for k in sorted(range(len(shapes)), key=losses.__getitem__) if losses[k] <= NEAR * least][:MOST_NEAR]
+        if len(near) < 2 or not self._compares_again or not 0 < least < math.inf:
+            return losses
+
+        def levels(i: int, block: nn.Module, dense: States) -> tuple[States, Levels]:
+            return self.stream.pool.store(), measure_levels(self.stream, block, i, dense[: len(self.again)], self.axes)[1]
+
+        found = score_shapes(self.stream, levels, [shapes[k] for k in near], self.again, self.compared)
+        # On the scale of the others, which lose more than the best of these.
+        for k, loss in zip(near, found, strict=True):
+            losses[k] = loss * least / max(found[0], math.ulp(0.0))
+        return losses
 
     def sequential(self, shapes: Sequence[Shape], share: float) -> list[float]:
         judged = self.judged[: max(1, round(share * len(self.judged)))]
