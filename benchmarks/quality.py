@@ -26,7 +26,7 @@ import pared
 from pared.calibration import inference, pack, read_documents, sample_from_model, tokenize_documents
 from pared.errors import ParedError
 from pared.evaluate.perplexity import Logits, Windows, logits_of, measure, protocol, windows
-from pared.recipe import load_recipe
+from pared.recipe import MOST_WINDOWS, load_recipe
 from pared.source import Source
 from pared.structure import SUBLAYERS
 
@@ -70,7 +70,7 @@ METHODS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "pared default": ({}, BOTH),
     "pared default with biases": ({"add_bias": True}, BOTH),
     "pared default with layers": ({"structures": ("layer", "kv", "query", "ffn")}, BOTH[:1]),
-    "pared max": ({"effort": "max"}, BOTH),
+    "pared max": ({"effort": "max", "samples": MOST_WINDOWS}, BOTH),
 }
 
 
@@ -173,7 +173,7 @@ class Bench:
         """One pruned model, as a live model in fp32."""
         options: dict[str, Any] = {**settings, "shape": shape}
         base: dict[str, Any] = {}
-        samples, length = self.args.samples, self.args.seq_len
+        samples, length = options.pop("samples", self.args.samples), self.args.seq_len
         if recipe := options.pop("recipe", None):
             # Its protected ends are those of a 32-layer model; here they shrink with the depth.
             layers = self.source.layout.num_layers
@@ -201,7 +201,8 @@ def table(args: argparse.Namespace, bench: Bench, journal: Journal, names: list[
     texts = args.text
     lines = [
         f"# Quality: {Path(args.model).name}\n\n{(__doc__ or '').split(chr(10) * 2)[2].strip()}\n\n"
-        f"Calibration: {Path(args.calibration).name}, {args.samples} windows of {args.seq_len} tokens; {args.seeds} seeds. "
+        f"Calibration: {Path(args.calibration).name}, {args.samples} windows of {args.seq_len} tokens "
+        f"({MOST_WINDOWS} at the highest effort); {args.seeds} seeds. "
         f"A cell is excess loss (KL), in nats per token, the number of seeds after it where it is less, — where nothing was run or the amount is out of reach{', for each text in turn' if len(texts) > 1 else ''}. Texts: "
         + "; ".join(
             f"{Path(t).name} (dense loss {base.nll:.3f}; {protocol(cut)})" for t, (cut, base, _) in bench.scored.items()

@@ -198,7 +198,6 @@ def load_calibration(
     """`samples` windows of `seq_len` tokens, drawn under `seed` without replacement, in the order in which they were drawn.
 
     least: so many are enough where the text has no more.
-
     source: a .txt or .jsonl file (also .xz, .gz); 'self', text that `sampler(samples, seq_len, seed)` takes from the model;
     a hub dataset as NAME[:CONFIG[:SPLIT[:FIELD]]]; or token ids [n, s], which are taken as they are, every row of them.
     """

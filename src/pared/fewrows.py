@@ -46,6 +46,11 @@ class FewRows:
         return sum(float(root.square().sum(dtype=torch.float64)) for root in self._roots)
 
     @property
+    def divisor(self) -> float:
+        """What sums are divided by: one where there are no tokens."""
+        return self.count or 1.0
+
+    @property
     def roots(self) -> Tensor:
         """[tokens]."""
         self._roots[:] = [torch.cat(self._roots)]
@@ -105,7 +110,7 @@ class FewRows:
 
     def _mean(self, rows: Tensor) -> Tensor:
         """Of what is scaled, float64."""
-        return (self.roots.double() @ rows.double()) / (self.count or 1.0)
+        return (self.roots.double() @ rows.double()) / self.divisor
 
     def mean_target(self) -> Tensor:
         """E t, float64 [out]."""
@@ -116,11 +121,11 @@ class FewRows:
         out = rows.to(dtype, copy=True)
         if mean is not None:
             out.addr_(self.roots.to(dtype), mean.to(dtype), alpha=-1)
-        return out.div_((self.count or 1.0) ** 0.5)
+        return out.div_(self.divisor**0.5)
 
     def scale(self, *, centred: bool) -> float:
         """The mean over channels of E a^2, or of a's variance: damping is relative to it."""
-        scale = float(self.inputs.square().sum(dtype=torch.float64)) / (self.count or 1.0) / self.inputs.shape[1]
+        scale = float(self.inputs.square().sum(dtype=torch.float64)) / self.divisor / self.inputs.shape[1]
         return scale - float(self.mean().square().mean()) if centred else scale
 
     @property

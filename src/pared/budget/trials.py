@@ -61,12 +61,12 @@ def split_rows(n: int) -> Split:
 
 
 class Judges:
-    """Two ways to say how far shapes are from the dense model, in nats of KL per token, on sequences of the calibration.
+    """Ways to say how far shapes are from the dense model, in nats of KL per token, on sequences of the calibration.
 
     quick: refits on dense inputs, one pass over the candidates' own blocks; enough to tell most uniform shapes apart.
     sequential: as the walk that follows, on few sequences; where layers differ, what later ones repair counts.
     uniform: the former, and those that come near the best as the latter does.
-    Both are judged on the calibration's text and on some of its tokens in random order as well, which tells what a shape
+    All are judged on the calibration's text and on some of its tokens in random order as well, which tells what a shape
     loses on text of another kind.
     power: as in `Scores`: what weighs errors where the latter chooses units.
     """
