@@ -20,8 +20,9 @@ from pared.run import apply_plan
 from pared.slots import with_slots
 from pared.source import Source
 from pared.stream import observed
+from pared.walk import EPSILON
 
-IDS = tiny.tokens(12)  # so few that no sequences of random tokens are fitted to beside them
+IDS = tiny.tokens(7)  # so few that no sequences of random tokens are fitted to beside them
 SHAPES = ["uniform", "per-layer"]
 
 
@@ -34,20 +35,41 @@ def recipe(shape: str, **settings: Any) -> Any:
     return make_recipe(shape=shape, compensate="sequential", **settings)
 
 
+CONSUMERS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+
+
 @torch.no_grad()
-def first_block(model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
-    """Means over all tokens, float64, of what enters and leaves the consumers of the first block."""
-    block, names = blocks(model)[1][0], ["self_attn.o_proj.weight", "mlp.down_proj.weight"]
+def first_block(model: PreTrainedModel, weights: dict[str, Tensor] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Means over all tokens, float64, of what enters and leaves the consumers of the first block.
+
+    weights: of the tokens, by the consumer's name; None: all count alike.
+    """
+    block, names = blocks(model)[1][0], list(CONSUMERS)
     sums: dict[str, list[Tensor]] = {n: [] for n in names}
     with observed(block, names, lambda name, a, _: sums[name].append(a.double())):
         model(input_ids=IDS, use_cache=False)
     out = {}
     for name in names:
         module = block.get_submodule(name.removesuffix(".weight"))
-        a = torch.cat(sums[name]).mean(0)
+        a = torch.cat(sums[name])
+        a = a.mean(0) if weights is None else weights[name] @ a / weights[name].sum()
         bias = 0.0 if module.bias is None else module.bias.double()
         out[name] = a, module.weight.double() @ a + bias
     return out
+
+
+@torch.no_grad()
+def weights_of_tokens(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What each token counts for in the refit of the first block's consumers: one over the mean square of the stream that
+    they add to, float64."""
+    seen: dict[str, Tensor] = {}
+    layers = blocks(model)[1]
+    readers = {"self_attn.o_proj.weight": layers[0].post_attention_layernorm, "mlp.down_proj.weight": layers[1]}
+    hooks = [m.register_forward_pre_hook(lambda _, args, n=n: seen.update({n: args[0]})) for n, m in readers.items()]
+    model(input_ids=IDS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {n: 1 / (h.double().square().mean(-1).flatten() + EPSILON) for n, h in seen.items()}
 
 
 @pytest.mark.parametrize(
@@ -73,9 +95,10 @@ def test_biases_of_zeros_change_nothing(family: str, shape: str, tmp_path: Path)
 def test_the_fitted_bias_makes_up_for_the_mean(shape: str, mode: str, structures: str, name: str) -> None:
     model = tiny.model("llama")
     settings = {"shape": shape, "structures": structures, "allocate": "uniform"}
-    _, want = first_block(model)[name]
-    _, got = first_block(pruned(model, compensate=mode, **settings).model)[name]
-    _, plain = first_block(pruned(model, compensate="none", add_bias=False, **settings).model)[name]
+    weights = None if mode == "bias" else weights_of_tokens(model)
+    _, want = first_block(model, weights)[name]
+    _, got = first_block(pruned(model, compensate=mode, **settings).model, weights)[name]
+    _, plain = first_block(pruned(model, compensate="none", add_bias=False, **settings).model, weights)[name]
     assert torch.allclose(got, want, atol=1e-6) and not torch.allclose(plain, want, atol=1e-3)
 
 
