@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 420, 70, 190, 30, 50
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 800, 420, 70, 230, 30, 50
 _COLOURS = ("#1f4e79", "#c0504d", "#4f8f3a", "#8064a2", "#d98324", "#2aa198", "#7f7f7f", "#b03a8c", "#5b5b00", "#0a7d5a")
 
 
