@@ -217,7 +217,8 @@ def load_calibration(
         token_lists = _dataset_tokens(str(source), tokenizer, samples * seq_len * _POOL)
         name = str(source)
     windows = pack(token_lists, seq_len)
-    samples = max(min(samples, len(windows)), samples if least is None else least)
+    if least is not None:
+        samples = max(least, min(samples, len(windows)))
     if len(windows) < samples:
         tokens = sum(map(len, token_lists))
         raise UsageError(

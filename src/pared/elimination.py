@@ -23,6 +23,8 @@ from pared.moments import Moments2
 Sums = Moments2 | FewRows
 # All units of one column would go in this many rounds; between two of them costs are taken as they are.
 ROUNDS = 128
+# One sequence (of an expert, one token) in this many tells how far the fit to the others can be trusted.
+HELD_OUT = 8
 # Rows of V whose squares are there at once, in memory that is taken once: to take it anew costs more than to square them.
 STRIP = 64
 
@@ -30,6 +32,19 @@ STRIP = 64
 def sums_for(n: int, out: int, tokens: int, device: torch.device | str = "cpu") -> Sums:
     """What to gather of so many tokens in a consumer with n inputs; out: 0 where `of_output` will say what the targets are."""
     return FewRows() if size() == 1 and are_few(tokens, n) else Moments2.zeros(n, out, device)
+
+
+def halves_for(n: int, out: int, tokens: int, device: torch.device) -> list[Sums]:
+    """Of the tokens to fit and of those to judge by. tokens: of both."""
+    return [sums_for(n, out, tokens, device), sums_for(n, out, -(-tokens // HELD_OUT), device)]
+
+
+def add_sequence(fit: Sums, held: Sums, a: Tensor, t: Tensor, row: int, weight: Tensor | None = None) -> None:
+    """Add one sequence, [s, n] and [s, out], its tokens weighted by [s], to one of the two: every HELD_OUT-th is held out.
+
+    row: its number.
+    """
+    (held if row % HELD_OUT == HELD_OUT - 1 else fit).add(a, t, weight)
 
 
 class Elimination:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pared.axes import Name, Nested, Selection, names, take, units
 from pared.distributed import once, total_of
-from pared.elimination import Elimination, choose_units, elimination_costs
+from pared.elimination import HELD_OUT, Elimination, choose_units, elimination_costs
 from pared.leastsquares import refit_guarded
 from pared.moments import Moments2
 from pared.spill import States
@@ -23,8 +23,6 @@ from pared.structure import Layout
 
 # Bytes of second moments that are held at once; the experts of a block go in as many passes as that takes.
 ROOM = 1 << 30
-# One of an expert's tokens in this many tells how far the fit to the others can be trusted.
-HELD_OUT = 8
 
 
 def stacks_of(layout: Layout, i: int, keep: Selection) -> dict[str, str]:

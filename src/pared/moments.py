@@ -104,8 +104,11 @@ class Moments2:
 
     def add(self, a: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
         """weight: of each token's squared error, [tokens]; None: one."""
-        root = torch.ones(len(a), device=a.device) if weight is None else weight.float().sqrt()
-        self.add_scaled(root[:, None] * a.float(), root[:, None] * t.float(), root)
+        a, t, root = a.float(), t.float(), torch.ones(len(a), device=a.device)
+        if weight is not None:
+            root = weight.float().sqrt()
+            a, t = root[:, None] * a, root[:, None] * t
+        self.add_scaled(a, t, root)
 
     def add_scaled(self, a: Tensor, t: Tensor, root: Tensor) -> None:
         """Tokens that are multiplied by the root of their weight already, and that root, [tokens]."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pared.elimination import ROUNDS
+from pared.elimination import HELD_OUT, ROUNDS
 from pared.fewrows import are_eliminated, are_few
 from pared.leastsquares import STRIP
-from pared.walk import HELD_OUT
 
 # Dampings that are tried on the way to the best.
 TRIED = 3

@@ -14,7 +14,7 @@ from pared import process
 from pared.axes import Nested, indices
 from pared.blockparts import bias_of, consumers_of, cut, input_axes, matrices, oriented, owner, rebuilt, stored
 from pared.distributed import once
-from pared.elimination import Elimination, Sums, choose_units, sums_for
+from pared.elimination import HELD_OUT, Elimination, Sums, add_sequence, choose_units, halves_for
 from pared.errors import UsageError
 from pared.expertfit import refit_experts, stacks_of
 from pared.gaps import Kept, goes, skipped_in
@@ -26,8 +26,6 @@ from pared.stages import Dense, Stages, consumer_at, reads, run_from, stages_of
 from pared.stream import Stream
 from pared.structure import Layout
 
-# One sequence in this many tells how far the fit to the others can be trusted.
-HELD_OUT = 8
 # Added to the mean square of hidden states before it is divided by, as norms do.
 EPSILON = 1e-6
 
@@ -203,22 +201,21 @@ class Walk:
     def _stored(self, name: str, w: Tensor) -> Tensor:
         return stored(self.layout, self._full(name), w, self.weights[name].dtype)
 
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.weights.values())).device
+
     def _row(self, k: int) -> int:
         """The number of the k-th sequence here among those of all processes."""
         return k if self.stream.share is None else self.stream.share.rows[k]
 
     # ---- the refits ------------------------------------------------------------------------------------------------
 
-    def _sums(self, n: int, out: int, tokens: int) -> list[Sums]:
-        """Of the tokens to fit and of those to judge by. tokens: of both."""
-        device = next(iter(self.weights.values())).device
-        return [sums_for(n, out, tokens, device), sums_for(n, out, -(-tokens // HELD_OUT), device)]
-
     def _refit_inputs(self, stage: int, group: list[str], dense: Dense, now: States, few: int) -> None:
         """Matrices that read the same input, so that on x' they give what they gave on x."""
         module = self._module(self._done(dense.stages.order[:stage]))
         width = self._weight(group[0]).shape[1]
-        fit, held = self._sums(width, width, _tokens(now, few) // 2)
+        fit, held = halves_for(width, width, _tokens(now, few) // 2, self._device)
         row = 0
         for b, shape in enumerate(now[:few].like()):
             used = [k for k in range(shape.shape[0]) if self._row(row + k) // HELD_OUT % 2 == 0]
@@ -226,7 +223,7 @@ class Walk:
                 h = reads(self.stream, self.block, self.i, dense.stages, stage, group[0], dense.at[b])
                 a = reads(self.stream, module, self.i, dense.stages, stage, group[0], now[b])
                 for k in used:
-                    _add(fit, held, a[k], h[k], self._row(row + k))
+                    add_sequence(fit, held, a[k], h[k], self._row(row + k))
                 del h, a
             row += shape.shape[0]
         del module
@@ -255,14 +252,15 @@ class Walk:
         stages, name = dense.stages, dense.stages.order[stage]
         module = self.block if same else self._module(self._done(stages.order[:stage]))
         w = self._weight(name)
-        sums = self._sums(w.shape[1], w.shape[0], _tokens(now, few)) if fits else []
+        sums = halves_for(w.shape[1], w.shape[0], _tokens(now, few), self._device) if fits else []
         waiting = self.stream.pool.store()
         row = 0
         for b in range(few):
             a, target, weight = self._fitted_to(stage, dense, now, b, module, same=same, needed=fits or moves, bridge=bridge)
             if fits:
                 for k in range(len(a)):
-                    _add(sums[0], sums[1], a[k], target[k], self._row(row + k), None if weight is None else weight[k])
+                    of_row = None if weight is None else weight[k]
+                    add_sequence(sums[0], sums[1], a[k], target[k], self._row(row + k), of_row)
             if moves:
                 waiting.append(a)
             row += len(a)
@@ -399,10 +397,3 @@ class Walk:
 def _tokens(states: States, few: int) -> int:
     """In the first few batches."""
     return sum(h.shape[0] * h.shape[1] for h in states[:few].like())
-
-
-def _add(fit: Sums, held: Sums, a: Tensor, t: Tensor, row: int, weight: Tensor | None = None) -> None:
-    """Add one sequence, [s, n] and [s, out], its tokens weighted by [s], to one of the two: every HELD_OUT-th is held out.
-
-    row: its number."""
-    (held if row % HELD_OUT == HELD_OUT - 1 else fit).add(a, t, weight)

@@ -108,10 +108,7 @@ class Judges:
         if len(near) < 2 or not self._compares_again or not 0 < least < math.inf:
             return losses
 
-        def levels(i: int, block: nn.Module, dense: States) -> tuple[States, Levels]:
-            return self.stream.pool.store(), measure_levels(self.stream, block, i, dense[: len(self.again)], self.axes)[1]
-
-        found = score_shapes(self.stream, levels, [shapes[k] for k in near], self.again, self.compared)
+        found = self._walked([shapes[k] for k in near], self.again, self.compared)
         # On the scale of the others, which lose more than the best of these.
         for k, loss in zip(near, found, strict=True):
             losses[k] = loss * least / max(found[0], math.ulp(0.0))
@@ -119,18 +116,28 @@ class Judges:
 
     def sequential(self, shapes: Sequence[Shape], share: float) -> list[float]:
         judged = self.judged[: max(1, round(share * len(self.judged)))]
-        skip = len(self.fit)
+        return self._walked(shapes, self.fit, judged, self._power, self._levels)
+
+    def _walked(
+        self,
+        shapes: Sequence[Shape],
+        fit: Sequence[Batch],
+        judged: Sequence[Batch],
+        power: Mapping[tuple[int, str], Tensor] | None = None,
+        kept: dict[int, Levels] | None = None,
+    ) -> list[float]:
+        """As the walk refits. kept: where levels that fit into memory stay from one call to the next."""
 
         def levels(i: int, block: nn.Module, dense: States) -> tuple[States, Levels]:
-            if i in self._levels:
-                return self.stream.pool.store(), self._levels[i]
-            power = {name: value for (layer, name), value in self._power.items() if layer == i}
-            _, made = measure_levels(self.stream, block, i, dense[:skip], self.axes, power)
-            if self.stream.num_layers * made.nbytes <= KEPT:
-                self._levels[i] = made
+            if kept is not None and i in kept:
+                return self.stream.pool.store(), kept[i]
+            own = {name: value for (layer, name), value in (power or {}).items() if layer == i}
+            _, made = measure_levels(self.stream, block, i, dense[: len(fit)], self.axes, own)
+            if kept is not None and self.stream.num_layers * made.nbytes <= KEPT:
+                kept[i] = made
             return self.stream.pool.store(), made
 
-        return score_shapes(self.stream, levels, shapes, self.fit, judged)
+        return score_shapes(self.stream, levels, shapes, fit, judged)
 
 
 def score_shapes(
