@@ -33,6 +33,8 @@ from pared.structure import SUBLAYERS
 # name -> (settings, shapes it is run in)
 BOTH = ("uniform", "per-layer")
 RANKED: dict[str, object] = {"allocate": "global"}
+CLOSED: dict[str, object] = {"reconstruct": 0}  # the refit, and no gradient descent after it
+REFIT: dict[str, object] = {"compensate": "sequential", **CLOSED}
 METHODS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "random": ({"criterion": "random", "compensate": "none"}, BOTH),
     "L1": ({"criterion": "l1", "compensate": "none"}, BOTH),
@@ -47,26 +49,37 @@ METHODS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "LLM-Pruner's recipe": ({"recipe": "llm-pruner"}, ("per-layer",)),
     "FLAP's recipe": ({"recipe": "flap"}, ("per-layer",)),
     "ShortGPT's layers": ({"criterion": "block_influence", "structures": ("layer",), "compensate": "none"}, BOTH[:1]),
-    "layers by influence + bridge": ({"criterion": "block_influence", "structures": ("layer",)}, BOTH[:1]),
-    "layers by angle + bridge": ({"criterion": "angular", "structures": ("layer",)}, BOTH[:1]),
-    "layers by loss + bridge": ({"criterion": "perplexity", "structures": ("layer",)}, BOTH[:1]),
-    "layers by Taylor + bridge": ({"criterion": "taylor", "structures": ("layer",)}, BOTH[:1]),
-    "sublayers by influence + bridge": ({"criterion": "block_influence", "structures": SUBLAYERS, **RANKED}, BOTH[1:]),
+    "layers by influence + bridge": ({"criterion": "block_influence", "structures": ("layer",), **CLOSED}, BOTH[:1]),
+    "layers by angle + bridge": ({"criterion": "angular", "structures": ("layer",), **CLOSED}, BOTH[:1]),
+    "layers by loss + bridge": ({"criterion": "perplexity", "structures": ("layer",), **CLOSED}, BOTH[:1]),
+    "layers by Taylor + bridge": ({"criterion": "taylor", "structures": ("layer",), **CLOSED}, BOTH[:1]),
+    "sublayers by influence + bridge": (
+        {"criterion": "block_influence", "structures": SUBLAYERS, **RANKED, **CLOSED},
+        BOTH[1:],
+    ),
     "sublayers by loss": ({"criterion": "perplexity", "structures": SUBLAYERS, "compensate": "none", **RANKED}, BOTH[1:]),
-    "sublayers by loss + bridge": ({"criterion": "perplexity", "structures": SUBLAYERS, **RANKED}, BOTH[1:]),
-    "sublayers by OBS-Fisher + bridge": ({"criterion": "obs-fisher", "structures": SUBLAYERS, **RANKED}, BOTH[1:]),
+    "sublayers by loss + bridge": ({"criterion": "perplexity", "structures": SUBLAYERS, **RANKED, **CLOSED}, BOTH[1:]),
+    "sublayers by OBS-Fisher + bridge": ({"criterion": "obs-fisher", "structures": SUBLAYERS, **RANKED, **CLOSED}, BOTH[1:]),
     "hidden channels by L2": ({"criterion": "l2", "structures": ("hidden",), "compensate": "none"}, BOTH[:1]),
     "hidden channels by Taylor": ({"criterion": "taylor", "structures": ("hidden",), "compensate": "none"}, BOTH[:1]),
     "hidden channels rotated": ({"criterion": "rotation", "structures": ("hidden",), "compensate": "none"}, BOTH[:1]),
     "OBS": ({"criterion": "obs", "compensate": "none"}, BOTH),
-    "Minitron + our refit": ({"criterion": "minitron", "compensate": "sequential"}, BOTH),
-    "Wanda-sp + our refit": ({"criterion": "wanda_sp", "compensate": "sequential"}, BOTH),
-    "FLAP's metric + our refit": ({"criterion": "flap", "compensate": "sequential"}, BOTH),
-    "Taylor + our refit": ({"criterion": "taylor", "compensate": "sequential"}, BOTH),
-    "Taylor, second order + our refit": ({"criterion": "taylor-second", "compensate": "sequential"}, BOTH),
-    "Fisher-OBS ranked + our refit": ({"criterion": "obs-fisher", "allocate": "global"}, BOTH[1:]),
-    "Fisher-OBS ranked + our refit with biases": ({"criterion": "obs-fisher", "add_bias": True, **RANKED}, BOTH[1:]),
+    "Minitron + our refit": ({"criterion": "minitron", **REFIT}, BOTH),
+    "Wanda-sp + our refit": ({"criterion": "wanda_sp", **REFIT}, BOTH),
+    "FLAP's metric + our refit": ({"criterion": "flap", **REFIT}, BOTH),
+    "Taylor + our refit": ({"criterion": "taylor", **REFIT}, BOTH),
+    "Taylor, second order + our refit": ({"criterion": "taylor-second", **REFIT}, BOTH),
+    "Fisher-OBS ranked + our refit": ({"criterion": "obs-fisher", **RANKED, **CLOSED}, BOTH[1:]),
+    "Fisher-OBS ranked + our refit with biases": ({"criterion": "obs-fisher", "add_bias": True, **RANKED, **CLOSED}, BOTH[1:]),
+    **{
+        f"refit, then {steps} steps of {each} window{'s' * (each > 1)}": (
+            {"reconstruct": steps, "reconstruct_batch": each},
+            BOTH,
+        )
+        for steps, each in ((8, 8), (32, 8), (64, 1), (256, 1))
+    },
     "pared quick": ({"effort": "quick"}, BOTH),
+    "pared default, closed form": (CLOSED, BOTH),
     "pared default": ({}, BOTH),
     "pared default with biases": ({"add_bias": True}, BOTH),
     "pared default with layers": ({"structures": ("layer", "kv", "query", "ffn")}, BOTH[:1]),

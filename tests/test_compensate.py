@@ -14,6 +14,7 @@ import pared
 import pared.calibration
 import tiny
 from pared import walk
+from pared.budget.trials import ENOUGH
 from pared.errors import UsageError
 from pared.evaluate.perplexity import Windows, logits_of, measure
 from pared.walk import Walk
@@ -86,7 +87,7 @@ def stories(storyteller: Path) -> tuple[Any, Tensor, Windows]:
 
     model = pared.load(storyteller, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(storyteller)
-    calibration, test = (sample_from_model(model, tokenizer, n, 128, seed) for n, seed in ((48, 0), (16, 1)))
+    calibration, test = (sample_from_model(model, tokenizer, n, 128, seed) for n, seed in ((ENOUGH, 0), (16, 1)))
     return model, calibration, Windows(test, torch.ones(len(test), dtype=torch.int64), None, len(test), test.numel())
 
 
@@ -101,8 +102,9 @@ def test_on_a_trained_model_each_ingredient_helps(stories: tuple[Any, Tensor, Wi
     wanda = kl(stories, criterion="wanda_sp", compensate="none")
     refitted = kl(stories, criterion="wanda_sp", compensate="sequential")
     default = kl(stories)
+    closed = kl(stories, reconstruct=0)
     reconstructed = kl(stories, reconstruct=20)
-    assert reconstructed < default < wanda < random
+    assert reconstructed < default < closed < wanda < random
     assert refitted < wanda
 
 
@@ -151,6 +153,23 @@ def test_reconstruction_never_leaves_a_block_worse_on_what_it_did_not_see() -> N
     assert after <= before
 
 
+def test_steps_of_reconstruction_grow_with_the_root_of_the_sequences_in_them() -> None:
+    from pared.reconstruct import reconstruct
+
+    torch.manual_seed(0)
+    dense, inputs = torch.nn.Linear(12, 12), [torch.randn(4, 6, 12) for _ in range(9)]
+    targets = [dense(h).detach() for h in inputs]
+
+    def moved(sequences: int) -> Tensor:
+        torch.manual_seed(1)
+        small = torch.nn.Linear(12, 12)
+        before = small.weight.detach().clone()
+        reconstruct(small, lambda m, h: m(h), inputs, targets, steps=1, sequences=sequences, seed=0)
+        return small.weight.detach() - before
+
+    assert bool(moved(4).abs().min() > 0) and torch.allclose(moved(16), 2 * moved(4), atol=1e-6)
+
+
 def test_reconstruction_weighs_channels_by_the_power_of_their_gradient() -> None:
     from pared.reconstruct import reconstruct
 
@@ -183,7 +202,7 @@ def test_errors_count_relative_to_the_stream_that_they_are_added_to(
         model.get_input_embeddings().weight[loud] *= 100.0
 
     def lost() -> float:
-        result = pared.prune(model, remove=0.3, calibration=calibration, align=1).model
+        result = pared.prune(model, remove=0.3, calibration=calibration[:48], align=1).model
         return measure(logits_of(result), test, against=logits_of(model)).kl or 0.0
 
     relative = lost()

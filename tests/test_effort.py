@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+import pared
 import tiny
+from pared import walk
+from pared.budget.trials import ENOUGH
 from pared.effort import STEPS, measures, no_scores, reselected
-from pared.recipe import Recipe, make_recipe
+from pared.recipe import WINDOWS, Recipe, make_recipe
 from pared.resolve import resolve
 from pared.source import Source
 
@@ -23,8 +26,8 @@ def resolved(family: str = "llama", **settings: Any) -> tuple[Recipe, Source]:
     [
         ("quick", "uniform", "uniform", "refit", 0),
         ("quick", "per-layer", "global", "refit", 0),
-        ("default", "uniform", "uniform", "sequential", 0),
-        ("default", "per-layer", "search", "sequential", 0),
+        ("default", "uniform", "uniform", "sequential", WINDOWS // 2),
+        ("default", "per-layer", "search", "sequential", WINDOWS * 2),
         ("max", "uniform", "uniform", "sequential", STEPS),
         ("max", "per-layer", "search", "sequential", STEPS),
     ],
@@ -40,6 +43,27 @@ def test_what_was_asked_for_goes_over_the_effort() -> None:
     assert (recipe.allocate, recipe.compensate, recipe.reconstruct, recipe.criterion) == ("global", "refit", 0, "obs-fisher")
     assert resolved(criterion="taylor", shape="per-layer")[0].allocate == "global", "a search selects by obs"
     assert resolved(compensate="none", effort="max")[0].reconstruct == 0
+
+
+def test_the_default_effort_reconstructs_in_steps_of_one_window_where_there_are_enough() -> None:
+    few, enough = (resolved(samples=n)[0] for n in (ENOUGH - 1, ENOUGH))
+    assert (few.reconstruct, enough.reconstruct, enough.step_of) == (0, ENOUGH // 2, 1)
+    assert resolved(reconstruct=10)[0].step_of == resolved(effort="max")[0].step_of == resolved()[0].batch == 8
+    assert resolved(reconstruct=10, reconstruct_batch=2)[0].step_of == resolved(reconstruct_batch=2)[0].step_of == 2
+    assert resolved(compensate="none")[0].reconstruct == resolved(effort="quick")[0].reconstruct == 0
+
+
+def test_token_ids_given_directly_say_how_many_windows_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen, real = tiny.model("llama"), set[tuple[int, int]](), walk.reconstruct
+
+    def watched(*args: Any, **more: Any) -> tuple[float, float]:
+        seen.add((more["steps"], more["sequences"]))
+        return real(*args, **more)
+
+    monkeypatch.setattr(walk, "reconstruct", watched)
+    for rows, expected in ((16, set()), (ENOUGH, {(ENOUGH // 2, 1)})):
+        pared.prune(model, calibration=tiny.tokens(rows, 12), remove=0.3, align=1)
+        assert seen == expected
 
 
 def test_sizes_are_measured_where_the_walk_chooses_the_units() -> None:

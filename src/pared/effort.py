@@ -8,7 +8,7 @@ from torch import Tensor
 from pared.blockparts import sole_consumer
 from pared.budget import Budget
 from pared.budget.mixture import fewer_layers
-from pared.budget.trials import Judges
+from pared.budget.trials import ENOUGH, Judges
 from pared.calibration import Batch
 from pared.criteria import get_criterion
 from pared.criteria.obs import AXES
@@ -21,8 +21,11 @@ from pared.structure import Layout
 from pared.unlikely import random_rows
 
 # Generations of a search, and steps of reconstruction at the highest effort.
-GENERATIONS = {"quick": 4, "default": 8, "max": 32}
+GENERATIONS = {"quick": 4, "default": 4, "max": 32}
 STEPS = 200
+# At default effort there are twice as many as calibration windows where a search has chosen the sizes, which costs more than
+# they do, else half as many, each of one window: fewer steps on more windows at once gain less. Below ENOUGH windows there
+# would be too few.
 # Layers beside other structures are scored on one sequence in so many: each removal takes a pass over the blocks for half of
 # the layers.
 FEW = 8
@@ -70,6 +73,16 @@ def _chosen_alone(layout: Layout) -> frozenset[str]:
         return axis not in layout.layer_sizes[i] or not layout.holders(axis, i) or sole_consumer(layout, i, axis) is not None
 
     return frozenset(a for a in axes if all(one(i, a) for i in range(layout.num_layers)))
+
+
+def reconstruction(recipe: Recipe, compensate: str, allocate: str) -> tuple[int, int]:
+    """Steps of gradient descent on each block and windows in each, where a recipe leaves them open."""
+    steps, windows = recipe.reconstruct, recipe.reconstruct_batch
+    if steps is None and compensate == "sequential" and recipe.effort == "max":
+        steps = STEPS
+    elif steps is None and compensate == "sequential" and recipe.effort == "default" and recipe.windows >= ENOUGH:
+        steps, windows = recipe.windows * 2 if allocate == "search" else recipe.windows // 2, windows or 1
+    return steps or 0, windows or recipe.batch
 
 
 def random_beside(recipe: Recipe, samples: int) -> int:

@@ -38,7 +38,7 @@ class Recipe(BaseModel):
     )
     effort: Literal["quick", "default", "max"] = Field(
         default="default",
-        description="quick: refit on dense inputs; default: the best closed form; max: a longer search and reconstruction too",
+        description="quick: refit on dense inputs; default: refit in the walk, a short reconstruction; max: a longer search and reconstruction",
     )
     keep_tokens_from: str | None = Field(
         default=None, description="for vocab: .txt, .jsonl or hub data set whose tokens are kept"
@@ -76,6 +76,11 @@ class Recipe(BaseModel):
     )
     reconstruct: int | None = Field(
         default=None, ge=0, description="steps of gradient descent on each block after its refit; by default by effort"
+    )
+    reconstruct_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="windows in each of these steps; by default --batch, and 1 in those of the default effort",
     )
     align: int | None = Field(
         default=None, ge=1, description="kept channels are a multiple of this; by default a fine power of two"
@@ -116,6 +121,11 @@ class Recipe(BaseModel):
         if self.samples is not None:
             return self.samples
         return MOST_WINDOWS if self.effort == "max" else WINDOWS
+
+    @property
+    def step_of(self) -> int:
+        """Calibration windows in a step of reconstruction."""
+        return self.reconstruct_batch or self.batch
 
     @property
     def share(self) -> float:

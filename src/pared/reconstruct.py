@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from pared.distributed import Share, total_by_name, total_of
 
-# Step of Adam, as a share of each tensor's root mean square: 3e-3 on weights of size 0.1.
-RELATIVE_RATE = 3e-2
-CHECKS = 5
+# Step of Adam on batches of so many sequences, as a share of each tensor's root mean square: 3e-3 on weights of size 0.1. On
+# others it goes with the root of their number.
+RELATIVE_RATE, OF = 3e-2, 8
+# Held-out batches are looked at so many times, but no more often than after four times as many steps.
+CHECKS, APART = 5, 4
 # What channels count for apart from the power of their gradient, as a share.
 ALIKE = 0.1
 
@@ -31,6 +33,7 @@ def reconstruct(
     *,
     steps: int,
     seed: int,
+    sequences: int = OF,
     held_out: int = 8,
     power: Tensor | None = None,
     share: Share | None = None,
@@ -38,7 +41,7 @@ def reconstruct(
     """Train `block` in place so that run(block, inputs[b]) comes near targets[b], each [rows, s, hidden].
 
     Every `held_out`-th batch is kept aside: the weights that do best on it stay, and those are the ones the block came
-    with if no step helped. power: the mean square of the loss's gradient at the block's output, [hidden]; channels are weighted
+    with if no step helped. sequences: in a batch of all processes. power: the mean square of the loss's gradient at the block's output, [hidden]; channels are weighted
     by it. share: what of all batches is here, where several processes have a part of each; a step then
     takes the gradient over the rows of all of them. Returns the held-out error before and after: the
     mean over tokens of the squared distance, so weighted, relative to the target's mean square.
@@ -48,7 +51,8 @@ def reconstruct(
     aside = [b for b in range(count) if b % held_out == held_out - 1] or [count - 1]
     used = [b for b in range(count) if b not in aside] or aside
     parameters = [p for p in block.parameters() if p.is_floating_point()]
-    rates = [RELATIVE_RATE * float(p.detach().float().square().mean().sqrt()) for p in parameters]
+    rate = RELATIVE_RATE * math.sqrt(sequences / OF)
+    rates = [rate * float(p.detach().float().square().mean().sqrt()) for p in parameters]
     groups = [{"params": [p], "lr": r, "rate": r} for p, r in zip(parameters, rates, strict=True) if r > 0]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
@@ -84,7 +88,7 @@ def reconstruct(
             _sum_gradients(parameters)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % max(1, steps // CHECKS) == 0 or step == steps - 1:
+        if (step + 1) % max(1, steps // CHECKS, APART * len(aside)) == 0 or step == steps - 1:
             now = error()
             if now < best:  # not a number is never less
                 best, kept = now, [p.detach().clone() for p in parameters]

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from pared import modeling
 from pared.calibration import Calibration, load_calibration, sample_from_model
 from pared.criteria import WHOLE, get_criterion
-from pared.effort import GENERATIONS, STEPS, tried
+from pared.effort import GENERATIONS, reconstruction, tried
 from pared.errors import ModelError
 from pared.recipe import WINDOWS, Recipe, make_recipe
 from pared.source import Source
@@ -114,9 +114,7 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
         criterion = "perplexity" if recipe.effort == "max" else "block_influence"
     elif criterion is None:
         criterion = "taylor" if not dense else "obs-fisher" if allocate in ("global", "search", "latency") else "obs"
-    reconstruct = recipe.reconstruct
-    if reconstruct is None:
-        reconstruct = STEPS if recipe.effort == "max" and compensate == "sequential" else 0
+    steps, together = reconstruction(recipe, compensate, allocate)
     generations = recipe.search_steps or GENERATIONS[recipe.effort]
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     seq_len = recipe.seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
@@ -126,7 +124,8 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
         criterion=criterion,
         compensate=compensate,
         add_bias=compensate == "bias" if recipe.add_bias is None else recipe.add_bias,
-        reconstruct=reconstruct,
+        reconstruct=steps,
+        reconstruct_batch=together,
         search_steps=generations if allocate == "search" else recipe.search_steps,
         seq_len=seq_len,
     )

@@ -72,10 +72,10 @@ class Resources:
 
 
 def largest_batch(recipe: Recipe, samples: int, seq_len: int) -> int:
-    """Sequences that may run together. A step of gradient descent takes one batch: there it is what was asked for."""
+    """Sequences that may run together, but in steps of gradient descent, whose number is asked for."""
     batch = min(recipe.batch, samples)
     on_cpu = torch.device(recipe.device).type == "cpu"
-    return min(batch, max(1, TOKENS // seq_len)) if on_cpu and not recipe.reconstruct else batch
+    return min(batch, max(1, TOKENS // seq_len)) if on_cpu else batch
 
 
 def choose(
@@ -101,7 +101,7 @@ def choose(
             f"this run needs at least {show_size(least)}: {show_size(need.worst.fixed + need.worst.row)} for the stage "
             f"{need.worst.name!r}, {show_size(need.base)} for the program",
             where=f"--max-{'gpu-' if on_device else ''}memory {show_size(bound)}",
-            fix="a larger bound, a shorter --seq-len, --dtype bfloat16, or --criterion l2 --compensate none",
+            fix="a larger bound, a shorter --seq-len, --reconstruct 0, --dtype bfloat16, or --criterion l2 --compensate none",
         )
     while batch > 1 and need.room(bound, batch) < 0:
         batch //= 2

@@ -81,12 +81,14 @@ def refit_blocks(
     rows = (calibration or calibrate(source, recipe)).batches(1)
     if random_beside(recipe, len(rows)):
         rows = with_random(rows, source.layout.sizes["vocab"], special_tokens(source.config), seed=recipe.seed)
-    batches, stream.share = _shared(rows, means.resources.batch, bool(recipe.reconstruct))
+    batch = recipe.step_of if recipe.reconstruct else means.resources.batch
+    batches, stream.share = _shared(rows, batch, bool(recipe.reconstruct))
     method = Method(
         mode=recipe.compensate or "sequential",
         reselect=reselected(recipe, source.layout),
         fisher=power or {},
         steps=recipe.reconstruct or 0,
+        step_of=recipe.step_of,
         seed=recipe.seed,
     )
     return compensate(stream, plan, batches, method, progress=progress, reached=reached)
@@ -102,7 +104,7 @@ def _shared(rows: list[Batch], batch: int, at_once: bool) -> tuple[list[Batch], 
     if not at_once:
         first, mine = first_row(len(rows)), own_rows(rows)
         return together(mine, batch), Share(range(first, first + len(mine)), {}, 0)
-    every = unpadded(together(rows, once(lambda: batch)))
+    every = unpadded(together(rows, batch))
     parts, share = own_parts([len(b.input_ids) for b in every])
     return [Batch(every[b].input_ids[part], None) for b, part in parts.items()], share
 
@@ -174,7 +176,9 @@ def prune(
     Raises UsageError, ModelError and the other errors of `pared.errors`; nothing is written then.
     """
     ids = calibration if isinstance(calibration, torch.Tensor) else None
-    if calibration is not None and ids is None:
+    if ids is not None:
+        settings["samples"] = len(ids)
+    elif calibration is not None:
         settings["calibration"] = str(calibration)
     if settings.get("keep_tokens_from") is not None:
         settings["keep_tokens_from"] = str(settings["keep_tokens_from"])

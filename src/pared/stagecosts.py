@@ -14,6 +14,8 @@ from pared.budget.trials import FEW, KEPT, MOST_NEAR, split_rows
 from pared.budget.uniform import Shape, uniform_shapes
 from pared.criteria import get_criterion
 from pared.effort import GENERATIONS, measures
+from pared.elimination import HELD_OUT
+from pared.reconstruct import APART, CHECKS
 from pared.unlikely import SCRAMBLED
 
 
@@ -277,6 +279,7 @@ def walk(work: Work, blocks: list[Block], end: int) -> list[Stage]:
     big = max(blocks, key=lambda b: b.entries)
     sequential = work.recipe.compensate == "sequential"
     keep, c = 1 - work.recipe.share, work.itemsize
+    together = work.recipe.step_of if work.recipe.reconstruct else 0
     parts = [_consumer(work, *p, work.tokens) for p in big.consumers]
     moved = solves.Moved(big.hidden, work.tokens // 2, work.processes, entries=big.producer_entries)
     # The block, the refitted matrices that read the stream beside their dense ones, and refitted consumers.
@@ -303,23 +306,39 @@ def walk(work: Work, blocks: list[Block], end: int) -> list[Stage]:
             touched += 4.0 * 4 * b.producer_entries
         touched += 4.0 * c * b.entries  # cut, for what runs next and to be written
     passes = 2.5 if sequential else 1.0
-    steps = 4.0 * (work.recipe.reconstruct or 0) * work.recipe.batch / max(1, work.samples)
-    rows = work.seq_len * big.backward(c) if work.recipe.reconstruct else _row(work, big)
-    return [
+    found = [
         Stage(
             "refit",
-            held + max(gathered, default=0),
-            rows,
+            held + max(gathered, default=0) + together * _row(work, big),
+            0 if together else _row(work, big),
             states,
             block,
             _whole(work, blocks) + work.stored * end,
-            flops=(1 + steps) * _pass(work, blocks) + flops,
+            flops=_pass(work, blocks) + flops,
             solves=solved,
             inverted=inverted,
-            touched=(passes + steps) * _touched(work, blocks) + touched,
+            touched=passes * _touched(work, blocks) + touched,
         ),
         Stage("refit: the solves", max(solving, default=0), states=states, block=block),
     ]
+    return [*found, _reconstruction(work, blocks, states)] if work.recipe.reconstruct else found
+
+
+def _reconstruction(work: Work, blocks: list[Block], states: int) -> Stage:
+    """Gradient descent on cut blocks, a copy of which is kept, beside the dense one."""
+    recipe, c = work.recipe, work.itemsize
+    big = max(blocks, key=lambda b: b.entries)
+    steps, rows, keep = recipe.reconstruct or 0, recipe.step_of, 1 - recipe.share
+    looks = 1 + min(CHECKS, -(-steps * rows * HELD_OUT // (APART * max(1, work.samples))))
+    passes = keep * (3 * steps * rows + looks * work.samples / HELD_OUT) / max(1, work.samples)
+    return Stage(
+        "reconstruction",
+        c * big.entries + int(5 * keep * c * big.entries) + rows * work.seq_len * big.backward(c),
+        states=states,
+        block=c * big.entries,
+        flops=passes * _pass(work, blocks),
+        touched=passes * _touched(work, blocks) + 12.0 * c * steps * keep * sum(b.entries for b in blocks),
+    )
 
 
 def writing(work: Work, blocks: list[Block], rest: int) -> Stage:

@@ -34,12 +34,12 @@ EPSILON = 1e-6
 class Method:
     """How what stays is refitted.
 
-    mode: none, bias, refit or sequential. alpha: how much of the drift a consumer is to make up for. inputs: refit what runs before the
-    consumers as well. reselect: axes, each of one consumer, whose units are chosen in the
-    walk; the plan then says how many.
-    fisher: (layer, consumer's local name) -> E[g g^T] of its output's gradient, or its diagonal, which weighs the output's
-    error where units are chosen; the diagonal does in reconstruction as well. steps: of block reconstruction, after the refit. fit: how many of the batches, from the first on, are
-    fitted to; None: all. guarded: held-out sequences choose the damping and can veto a refit.
+    mode: none, bias, refit or sequential. alpha: how much of the drift a consumer is to make up for. inputs: refit what runs
+    before the consumers as well. reselect: axes, each of one consumer, whose units are chosen in the walk; the plan then
+    says how many. fisher: (layer, consumer's local name) -> E[g g^T] of its output's gradient, or its diagonal, which weighs
+    the output's error where units are chosen; the diagonal does in reconstruction as well. steps: of block reconstruction,
+    after the refit, each of a batch: step_of sequences of all processes. fit: how many of the batches, from the first on,
+    are fitted to; None: all. guarded: held-out sequences choose the damping and can veto a refit.
     """
 
     mode: str = "sequential"
@@ -48,6 +48,7 @@ class Method:
     reselect: frozenset[str] = frozenset()
     fisher: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)
     steps: int = 0
+    step_of: int = 8
     seed: int = 0
     fit: int | None = None
     guarded: bool = True
@@ -168,6 +169,7 @@ class Walk:
                 entered,
                 after,
                 steps=self.method.steps,
+                sequences=self.method.step_of,
                 seed=self.method.seed + self.i,
                 power=power,
                 share=self.stream.share,
