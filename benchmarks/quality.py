@@ -73,7 +73,7 @@ METHODS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "Fisher-OBS ranked + our refit with biases": ({"criterion": "obs-fisher", "add_bias": True, **RANKED, **CLOSED}, BOTH[1:]),
     **{
         f"refit, then {steps} steps of {each} window{'s' * (each > 1)}": (
-            {"reconstruct": steps, "reconstruct_batch": each},
+            {"reconstruct": steps, "step_windows": each},
             BOTH,
         )
         for steps, each in ((8, 8), (32, 8), (64, 1), (256, 1))

@@ -128,7 +128,7 @@ def test_gradient_descent_takes_its_steps_on_the_rows_of_all(tmp_path: Path, row
     assert all(tiny.close(two[k], one[k], 1e-4) for k in one)
 
 
-@pytest.mark.parametrize("more", [(), ("--reconstruct", 10), ("--reconstruct", 10, "--reconstruct-batch", 1)])
+@pytest.mark.parametrize("more", [(), ("--reconstruct", 10), ("--reconstruct", 10, "--step-windows", 1)])
 def test_a_refit_is_written_once_and_alike(tmp_path: Path, more: tuple[object, ...]) -> None:
     model, calibration = with_text(tmp_path)
     sizes = ("--samples", 8, "--seq-len", 24, "--batch", 2, "--remove", 0.2)

@@ -49,7 +49,7 @@ def test_the_default_effort_reconstructs_in_steps_of_one_window_where_there_are_
     few, enough = (resolved(samples=n)[0] for n in (ENOUGH - 1, ENOUGH))
     assert (few.reconstruct, enough.reconstruct, enough.step_of) == (0, ENOUGH // 2, 1)
     assert resolved(reconstruct=10)[0].step_of == resolved(effort="max")[0].step_of == resolved()[0].batch == 8
-    assert resolved(reconstruct=10, reconstruct_batch=2)[0].step_of == resolved(reconstruct_batch=2)[0].step_of == 2
+    assert resolved(reconstruct=10, step_windows=2)[0].step_of == resolved(step_windows=2)[0].step_of == 2
     assert resolved(compensate="none")[0].reconstruct == resolved(effort="quick")[0].reconstruct == 0
 
 

@@ -77,7 +77,7 @@ def _chosen_alone(layout: Layout) -> frozenset[str]:
 
 def reconstruction(recipe: Recipe, compensate: str, allocate: str) -> tuple[int, int]:
     """Steps of gradient descent on each block and windows in each, where a recipe leaves them open."""
-    steps, windows = recipe.reconstruct, recipe.reconstruct_batch
+    steps, windows = recipe.reconstruct, recipe.step_windows
     if steps is None and compensate == "sequential" and recipe.effort == "max":
         steps = STEPS
     elif steps is None and compensate == "sequential" and recipe.effort == "default" and recipe.windows >= ENOUGH:

@@ -77,10 +77,10 @@ class Recipe(BaseModel):
     reconstruct: int | None = Field(
         default=None, ge=0, description="steps of gradient descent on each block after its refit; by default by effort"
     )
-    reconstruct_batch: int | None = Field(
+    step_windows: int | None = Field(
         default=None,
         ge=1,
-        description="windows in each of these steps; by default --batch, and 1 in those of the default effort",
+        description="windows in each step of --reconstruct; by default --batch, and 1 in the steps of the default effort",
     )
     align: int | None = Field(
         default=None, ge=1, description="kept channels are a multiple of this; by default a fine power of two"
@@ -125,7 +125,7 @@ class Recipe(BaseModel):
     @property
     def step_of(self) -> int:
         """Calibration windows in a step of reconstruction."""
-        return self.reconstruct_batch or self.batch
+        return self.step_windows or self.batch
 
     @property
     def share(self) -> float:

@@ -125,7 +125,7 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
         compensate=compensate,
         add_bias=compensate == "bias" if recipe.add_bias is None else recipe.add_bias,
         reconstruct=steps,
-        reconstruct_batch=together,
+        step_windows=together,
         search_steps=generations if allocate == "search" else recipe.search_steps,
         seq_len=seq_len,
     )
