@@ -10,6 +10,7 @@ from pared import solves
 from pared.blockcosts import Block, Work
 from pared.budget import Amount, Budget
 from pared.budget.levels import ROUGHLY
+from pared.budget.search import CHILDREN, MOST_WORTH, SHARES
 from pared.budget.trials import FEW, KEPT, MOST_NEAR, split_rows
 from pared.budget.uniform import Shape, uniform_shapes
 from pared.criteria import get_criterion
@@ -189,8 +190,11 @@ def measuring(work: Work, blocks: list[Block], end: int) -> list[Stage]:
     compared = split.compared + split.compared // SCRAMBLED
     if recipe.allocate == "search":
         rounds = 2 * (recipe.search_steps or GENERATIONS[recipe.effort]) + 1
-        gone = {n: 9 * (1 - recipe.share) for n, _, _ in big.consumers}
-        return _trials(work, blocks, end, "trials", 9, split.few, 0.4 * work.samples, gone, rounds=rounds, walked=True)
+        models, judged = CHILDREN + 1, split.many + split.many // SCRAMBLED
+        # The children and their parent on a few sequences; then the best and two more on all, which take as much or less.
+        run = max(split.few + SHARES[0] * judged, (split.few + judged) * (MOST_WORTH + 1) / (models + 1))
+        gone = {n: models * (1 - recipe.share) for n, _, _ in big.consumers}
+        return _trials(work, blocks, end, "trials", models, split.few, run, gone, rounds=rounds, walked=True)
     budget = Budget(work.layout, Amount(recipe.share, recipe.of), work.axes, experts_used=work.experts_used)
     shapes, widths = uniform_shapes(budget), [n for n, _, _ in big.consumers]
     found = _trials(work, blocks, end, "trials", len(shapes), split.measured, compared, _gone(budget, shapes, widths))

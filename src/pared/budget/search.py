@@ -29,7 +29,8 @@ _Key = tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
 Judge = Callable[[Sequence[Shape], float], list[float]]
 
 CHILDREN = 8
-SHARES = (0.25, 1.0)
+# Shares of the judging sequences: for all children, and for those of them and of their moves together that may take over.
+SHARES, MOST_WORTH = (0.25, 1.0), 3
 # A move of channels is up to this share of a layer's.
 REACH = 0.12
 # What a search is called in a journal, and its durable step.
