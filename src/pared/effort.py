@@ -23,9 +23,6 @@ from pared.unlikely import random_rows
 # Generations of a search, and steps of reconstruction at the highest effort.
 GENERATIONS = {"quick": 4, "default": 4, "max": 32}
 STEPS = 200
-# At default effort there are twice as many as calibration windows where a search has chosen the sizes, which costs more than
-# they do, else half as many, each of one window: fewer steps on more windows at once gain less. Below ENOUGH windows there
-# would be too few.
 # Layers beside other structures are scored on one sequence in so many: each removal takes a pass over the blocks for half of
 # the layers.
 FEW = 8
@@ -76,7 +73,12 @@ def _chosen_alone(layout: Layout) -> frozenset[str]:
 
 
 def reconstruction(recipe: Recipe, compensate: str, allocate: str) -> tuple[int, int]:
-    """Steps of gradient descent on each block and windows in each, where a recipe leaves them open."""
+    """Steps of gradient descent on each block and windows in each, where a recipe leaves them open.
+
+    At default effort half as many steps as calibration windows, and where a search has chosen the sizes, which costs more than
+    they do, twice as many. Each is of one window: fewer steps on more windows at once gain less. Of fewer windows than ENOUGH
+    there would be too few.
+    """
     steps, windows = recipe.reconstruct, recipe.step_windows
     if steps is None and compensate == "sequential" and recipe.effort == "max":
         steps = STEPS

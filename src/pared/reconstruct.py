@@ -54,7 +54,7 @@ def reconstruct(
     rate = RELATIVE_RATE * math.sqrt(sequences / OF)
     rates = [rate * float(p.detach().float().square().mean().sqrt()) for p in parameters]
     groups = [{"params": [p], "lr": r, "rate": r} for p, r in zip(parameters, rates, strict=True) if r > 0]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)  # in one go: a third of the time on single sequences
     generator = torch.Generator().manual_seed(seed)
     weight = None if power is None else _weights(power).to(parameters[0].device)
 

@@ -341,7 +341,7 @@ def _reconstruction(work: Work, blocks: list[Block], states: int) -> Stage:
         states=states,
         block=c * big.entries,
         flops=passes * _pass(work, blocks),
-        touched=passes * _touched(work, blocks) + 12.0 * c * steps * keep * sum(b.entries for b in blocks),
+        touched=passes * _touched(work, blocks) + 8.0 * c * steps * keep * sum(b.entries for b in blocks),
     )
 
 

@@ -163,6 +163,7 @@ class Walk:
         module = self._module(self.keep)
         if self.method.steps:
             module = copy.deepcopy(module)  # tensors that nothing cut are still the dense block's own
+            self.whole, self.changed = {}, {}  # no other copies beside those of the descent
             reconstruct(
                 module,
                 lambda m, h: self.stream.run(m, self.i, h),
