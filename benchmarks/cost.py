@@ -1,12 +1,13 @@
 """What the default method costs: time against a plain forward pass, memory against what has to be held.
 
-    python benchmarks/cost.py [--layers 16] [--out benchmarks/results/cost.md]
+    python benchmarks/cost.py [--layers 16] [--windows 32] [--out benchmarks/results/cost.md]
 
 The work: a random Llama (hidden 1024, 16 heads, FFN 2816, vocabulary 32000, fp32) loses 20% of its blocks under default
-effort, calibrated on 32 windows of 512 random tokens, 8 at a time; nothing is written. The plain forward pass is that of
-the resident model over the same tokens, logits included; without them it grows with the layers as the method does. Each
-row is a process of its own with one thread; CPU time excludes the imports, memory is the process's peak (VmHWM) less
-that of a process that only imports the libraries. Of several runs in turn the least CPU time and the highest peak count.
+effort, calibrated on windows of 512 random tokens, 8 at a time; nothing is written. From 64 windows on that
+reconstructs. The plain forward pass is that of the resident model over the same tokens, logits included; without them
+it grows with the layers as the method does. Each row is a process of its own with one thread; CPU time excludes the
+imports, memory is the process's peak (VmHWM) less that of a process that only imports the libraries. Of several runs in
+turn the least CPU time and the highest peak count.
 
 What has to be held is one block's weights, the second moments of its consumers' and producers' inputs with their targets
 (C and X, in the float64 that they are solved in) and the two streams of hidden states.
@@ -22,12 +23,16 @@ from pathlib import Path
 
 from memory import measured
 
-HIDDEN, FFN, HEADS, VOCABULARY, WINDOWS, LENGTH, BATCH = 1024, 2816, 16, 32000, 32, 512, 8
+from pared.budget.trials import ENOUGH
+
+HIDDEN, FFN, HEADS, VOCABULARY, LENGTH, BATCH = 1024, 2816, 16, 32000, 512, 8
+IDS = "ids.safetensors"
 MODES = {
     "imports": "imports alone",
     "blocks": "the same without the head",
     "forward": "plain forward pass, resident",
     "default": "default effort, uniform",
+    "closed": "default effort, uniform, without reconstruction",
 }
 
 
@@ -37,11 +42,12 @@ def work(mode: str, path: str) -> dict[str, float]:
 
     torch.set_num_threads(1)
     import transformers
+    from safetensors.torch import load_file
 
     from pared.evaluate.speed import peak_memory_bytes
     from pared.run import prune
 
-    ids = torch.randint(0, VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = load_file(Path(path) / IDS)["ids"]
     if mode in ("forward", "blocks"):
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     started, cpu = time.perf_counter(), time.process_time()
@@ -50,8 +56,8 @@ def work(mode: str, path: str) -> dict[str, float]:
         with torch.inference_mode():
             for rows in ids.split(BATCH):
                 run(input_ids=rows, use_cache=False)
-    elif mode == "default":
-        prune(path, remove=0.2, calibration=ids, batch=BATCH, dry_run=True)
+    elif mode in ("default", "closed"):
+        prune(path, remove=0.2, calibration=ids, batch=BATCH, dry_run=True, reconstruct=0 if mode == "closed" else None)
     return {
         "seconds": time.perf_counter() - started,
         "cpu": time.process_time() - cpu,
@@ -59,9 +65,10 @@ def work(mode: str, path: str) -> dict[str, float]:
     }
 
 
-def make_model(path: Path, layers: int) -> None:
-    """Write the random checkpoint."""
+def make_work(path: Path, layers: int, windows: int) -> None:
+    """Write the random checkpoint, and the tokens beside it."""
     import torch
+    from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -75,20 +82,23 @@ def make_model(path: Path, layers: int) -> None:
         max_position_embeddings=2048,
     )
     LlamaForCausalLM(config).save_pretrained(path)
+    ids = torch.randint(0, VOCABULARY, (windows, LENGTH), generator=torch.Generator().manual_seed(0))
+    save_file({"ids": ids}, path / IDS)
 
 
-def held() -> dict[str, int]:
+def held(windows: int) -> dict[str, int]:
     """Bytes of what has to be held."""
     block = 4 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN)
     # C and X of o_proj, of down_proj, and of what q, k, v and what gate, up read.
     moments = 8 * (2 * HIDDEN * HIDDEN + FFN * FFN + HIDDEN * FFN + 2 * 2 * HIDDEN * HIDDEN)
-    return {"block": block, "moments": moments, "streams": 2 * 4 * WINDOWS * LENGTH * HIDDEN}
+    return {"block": block, "moments": moments, "streams": 2 * 4 * windows * LENGTH * HIDDEN}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cost.md")
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--worker", nargs=2, metavar=("MODE", "MODEL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -96,9 +106,9 @@ def main() -> None:
         print(json.dumps(work(*args.worker)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), args.layers)
-        rows = measured(__file__, list(MODES), folder, args.repeat)
-    parts = held()
+        make_work(Path(folder), args.layers, args.windows)
+        rows = measured(__file__, [m for m in MODES if m != "closed" or args.windows >= ENOUGH], folder, args.repeat)
+    parts = held(args.windows)
     least, plain, blocks = sum(parts.values()), rows["forward"]["cpu"], rows["blocks"]["cpu"]
     lines = [
         "| work | CPU seconds | / plain forward pass | / without the head | peak memory, MB | / what has to be held |",
@@ -107,7 +117,7 @@ def main() -> None:
     for mode, row in rows.items():
         peak = row["peak"] - rows["imports"]["peak"]
         if mode != "imports":
-            of_held = f"{peak / least:.2f}" if mode == "default" else "—"
+            of_held = f"{peak / least:.2f}" if mode in ("default", "closed") else "—"
             lines.append(
                 f"| {MODES[mode]} | {row['cpu']:.1f} | {row['cpu'] / plain:.2f} | {row['cpu'] / blocks:.2f} | {peak / 1e6:.0f} | {of_held} |"
             )
@@ -117,7 +127,7 @@ def main() -> None:
             "# Cost of the default method",
             purpose,
             *protocol,
-            f"{args.layers} layers, {args.repeat} runs. Held, MB: "
+            f"{args.layers} layers, {args.windows} windows, {args.repeat} runs. Held, MB: "
             + ", ".join(f"{k} {v / 1e6:.0f}" for k, v in parts.items())
             + ".",
             "\n".join(lines),

@@ -3,8 +3,9 @@
     python benchmarks/dominance.py RESULT.partial.jsonl ... --out FILE.md
 
 For each cell the mean KL to the dense model (excess loss) of pared's default and of the best other method of the same
-shape, the latter with pared's own refit where that makes it better. Means are over the seeds that both have. Beside the
-table a plot for each model and shape: KL on the first text against the share removed, one line per method.
+shape, the latter with pared's own refit (without reconstruction) where that makes it better. Means are over the seeds
+that both have. Beside the table a plot for each model and shape: KL on the first text against the share removed, one
+line per method.
 """
 
 from __future__ import annotations
