@@ -79,12 +79,13 @@ def reconstruction(recipe: Recipe, compensate: str, allocate: str) -> tuple[int,
     they do, twice as many. Each is of one window: fewer steps on more windows at once gain less. Of fewer windows than ENOUGH
     there would be too few.
     """
-    steps, windows = recipe.reconstruct, recipe.step_windows
-    if steps is None and compensate == "sequential" and recipe.effort == "max":
-        steps = STEPS
-    elif steps is None and compensate == "sequential" and recipe.effort == "default" and recipe.windows >= ENOUGH:
-        steps, windows = recipe.windows * 2 if allocate == "search" else recipe.windows // 2, windows or 1
-    return steps or 0, windows or recipe.batch
+    if recipe.reconstruct is not None or compensate != "sequential":
+        return recipe.reconstruct or 0, recipe.step_of
+    if recipe.effort == "max":
+        return STEPS, recipe.step_of
+    if recipe.effort == "default" and recipe.windows >= ENOUGH:
+        return recipe.windows * 2 if allocate == "search" else recipe.windows // 2, recipe.step_windows or 1
+    return 0, recipe.step_of
 
 
 def random_beside(recipe: Recipe, samples: int) -> int:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from pared.distributed import Share, total_by_name, total_of
+from pared.elimination import HELD_OUT
 
 # Step of Adam on batches of so many sequences, as a share of each tensor's root mean square: 3e-3 on weights of size 0.1. On
 # others it goes with the root of their number.
-RELATIVE_RATE, OF = 3e-2, 8
+RELATIVE_RATE, SEQUENCES = 3e-2, 8
 # Held-out batches are looked at so many times, but no more often than after four times as many steps.
 CHECKS, APART = 5, 4
 # What channels count for apart from the power of their gradient, as a share.
@@ -33,8 +34,8 @@ def reconstruct(
     *,
     steps: int,
     seed: int,
-    sequences: int = OF,
-    held_out: int = 8,
+    sequences: int = SEQUENCES,
+    held_out: int = HELD_OUT,
     power: Tensor | None = None,
     share: Share | None = None,
 ) -> tuple[float, float]:
@@ -51,7 +52,7 @@ def reconstruct(
     aside = [b for b in range(count) if b % held_out == held_out - 1] or [count - 1]
     used = [b for b in range(count) if b not in aside] or aside
     parameters = [p for p in block.parameters() if p.is_floating_point()]
-    rate = RELATIVE_RATE * math.sqrt(sequences / OF)
+    rate = RELATIVE_RATE * math.sqrt(sequences / SEQUENCES)
     rates = [rate * float(p.detach().float().square().mean().sqrt()) for p in parameters]
     groups = [{"params": [p], "lr": r, "rate": r} for p, r in zip(parameters, rates, strict=True) if r > 0]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)  # in one go: a third of the time on single sequences
@@ -71,6 +72,7 @@ def reconstruct(
             here = sum(float(loss_on(b)) for b in aside if b in place)
         return (here if share is None else total_of(here)) / len(aside)
 
+    every = between_looks(steps, len(aside))
     before = best = error()
     kept = [p.detach().clone() for p in parameters]
     for p in parameters:
@@ -88,7 +90,7 @@ def reconstruct(
             _sum_gradients(parameters)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % max(1, steps // CHECKS, APART * len(aside)) == 0 or step == steps - 1:
+        if (step + 1) % every == 0 or step == steps - 1:
             now = error()
             if now < best:  # not a number is never less
                 best, kept = now, [p.detach().clone() for p in parameters]
@@ -97,6 +99,11 @@ def reconstruct(
             p.copy_(value)
             p.requires_grad_(False)
     return before, best
+
+
+def between_looks(steps: int, aside: int) -> int:
+    """Steps from one look at so many held-out batches to the next."""
+    return max(1, steps // CHECKS, APART * aside)
 
 
 def _weights(power: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pared.budget.uniform import Shape, uniform_shapes
 from pared.criteria import get_criterion
 from pared.effort import GENERATIONS, measures
 from pared.elimination import HELD_OUT
-from pared.reconstruct import APART, CHECKS
+from pared.reconstruct import between_looks
 from pared.unlikely import SCRAMBLED
 
 
@@ -333,7 +333,7 @@ def _reconstruction(work: Work, blocks: list[Block], states: int) -> Stage:
     recipe, c = work.recipe, work.itemsize
     big = max(blocks, key=lambda b: b.entries)
     steps, rows, keep = recipe.reconstruct or 0, recipe.step_of, 1 - recipe.share
-    looks = 1 + min(CHECKS, -(-steps * rows * HELD_OUT // (APART * max(1, work.samples))))
+    looks = 1 + -(-steps // between_looks(steps, work.samples // (HELD_OUT * rows)))
     passes = keep * (3 * steps * rows + looks * work.samples / HELD_OUT) / max(1, work.samples)
     return Stage(
         "reconstruction",

@@ -20,7 +20,7 @@ from pared.expertfit import refit_experts, stacks_of
 from pared.gaps import Kept, goes, skipped_in
 from pared.leastsquares import DAMPING, best_bias, refit_guarded, transfer
 from pared.plan import kept_sizes
-from pared.reconstruct import reconstruct
+from pared.reconstruct import SEQUENCES, reconstruct
 from pared.spill import States
 from pared.stages import Dense, Stages, consumer_at, reads, run_from, stages_of
 from pared.stream import Stream
@@ -48,7 +48,7 @@ class Method:
     reselect: frozenset[str] = frozenset()
     fisher: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)
     steps: int = 0
-    step_of: int = 8
+    step_of: int = SEQUENCES
     seed: int = 0
     fit: int | None = None
     guarded: bool = True
@@ -91,7 +91,7 @@ class Walk:
         if self.gone:
             return after, before  # the pruned stream passes it by
         if self.keep:
-            return after, self._finish(before, after)
+            return after, self._finish(before, after, None, last=last)
         return after, None if pruned is None else self.stream.through(self.block, self.i, pruned)
 
     def stages(self, x: States) -> Stages:
@@ -145,7 +145,7 @@ class Walk:
         if single or (last and not self.method.steps):
             return None
         if entered is not None and again:
-            return self._finish(entered, dense.at, self._power(stages))
+            return self._finish(entered, dense.at, self._power(stages), last=last)
         assert now is not None
         module, stage = self._module(self.keep), len(order) if stages.rest else len(order) - 1
         store = self.stream.pool.store
@@ -158,7 +158,7 @@ class Walk:
         power = self.method.fisher.get((self.i, stages.order[-1])) if stages.adds and stages.order else None
         return power if power is not None and power.ndim == 1 else None
 
-    def _finish(self, entered: States, after: States, power: Tensor | None = None) -> States:
+    def _finish(self, entered: States, after: States, power: Tensor | None, *, last: bool) -> States | None:
         """The pruned stream from the block's start, its weights reconstructed before if that is wanted."""
         module = self._module(self.keep)
         if self.method.steps:
@@ -176,7 +176,7 @@ class Walk:
                 share=self.stream.share,
             )
             self.changed = {n: p.detach() for n, p in module.named_parameters()}
-        return self.stream.through(module, self.i, entered)
+        return None if last else self.stream.through(module, self.i, entered)
 
     # ---- what there is in the block --------------------------------------------------------------------------------
 
