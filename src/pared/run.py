@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -111,8 +112,9 @@ def _shared(rows: list[Batch], batch: int, at_once: bool) -> tuple[list[Batch], 
 
 def chosen_again(plan: Plan, refitted: Iterator[Refitted] | None) -> Plan:
     """The plan with the units that the walk chose; what it refitted is let go."""
-    for i, done in enumerate(refitted or ()):
-        plan = plan.with_layer(i, done.layer)
+    place = itertools.count()  # `enumerate` would hold each block until the next one is there
+    for done in refitted or ():
+        plan = plan.with_layer(next(place), done.layer)
         del done
     return plan
 

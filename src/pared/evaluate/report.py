@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pared import modeling
+from pared import modeling, process
 from pared.accounting import Account, account
 from pared.calibration import check_seq_len, check_size, sample_from_model
 from pared.checkpoint import Checkpoint
@@ -281,6 +281,7 @@ def _forget_peak(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        process.return_freed_memory()  # what an earlier run left with the allocator is not held
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
