@@ -43,6 +43,7 @@ def work(mode: str, path: str) -> dict[str, float]:
     torch.set_num_threads(1)
     import transformers
     from safetensors.torch import load_file
+    from transformers import LlamaForCausalLM  # noqa: F401, transformers imports a model's code when it is asked for
 
     from pared.evaluate.speed import peak_memory_bytes
     from pared.run import prune

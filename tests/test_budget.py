@@ -18,7 +18,7 @@ from pared.accounting import AMOUNTS, account
 from pared.budget import Amount, Budget, Sizes
 from pared.budget.ranked import allocate_ranked
 from pared.budget.select import make_plan
-from pared.budget.uniform import MOST_MEASURED, Shape, allocate_uniform, layers_under, uniform_shapes
+from pared.budget.uniform import FEW_MEASURED, MOST_MEASURED, Shape, allocate_uniform, layers_under, uniform_shapes
 from pared.errors import UsageError
 from pared.plan import Plan
 from pared.proof import proved_layout
@@ -138,6 +138,16 @@ def test_a_split_that_spares_the_heads_is_compared_however_coarse_the_channels_a
     shapes = uniform_shapes(budget)
     assert any(s.sizes["kv"] == full["kv"] and s.sizes["query"] == full["query"] for s in shapes)
     assert allocate_uniform(budget) in shapes and len(shapes) <= MOST_MEASURED
+
+
+def test_in_brief_splits_along_one_axis_are_three_of_the_many_and_others_as_many_as_ever() -> None:
+    line, plane = budget_of("gpt2", 0.2, ("kv", "ffn")), budget_of("llama", 0.2, ("kv", "query", "ffn"))
+    many, few = uniform_shapes(line), uniform_shapes(line, brief=True)
+    groups = [s.sizes["kv"] for s in few]
+    assert len(few) == FEW_MEASURED < len(many) <= MOST_MEASURED
+    assert {min(groups), max(groups)} == {min(s.sizes["kv"] for s in many), max(s.sizes["kv"] for s in many)}
+    assert allocate_uniform(line) in few
+    assert uniform_shapes(plane, brief=True) == uniform_shapes(plane) and len(uniform_shapes(plane)) > FEW_MEASURED
 
 
 def scored(layout: Layout, axes: tuple[str, ...], seed: int, *, comparable: bool) -> Scores:

@@ -10,7 +10,7 @@ import pared
 import tiny
 from pared import walk
 from pared.budget.trials import ENOUGH
-from pared.effort import STEPS, measures, no_scores, reselected
+from pared.effort import STEPS, measures, no_scores, refits_inputs, reselected
 from pared.recipe import WINDOWS, Recipe, make_recipe
 from pared.resolve import resolve
 from pared.source import Source
@@ -61,9 +61,18 @@ def test_token_ids_given_directly_say_how_many_windows_there_are(monkeypatch: py
         return real(*args, **more)
 
     monkeypatch.setattr(walk, "reconstruct", watched)
+    moved, transfer = [0], walk.transfer
+
+    def counted(*args: Any, **more: Any) -> Any:
+        moved[0] += 1
+        return transfer(*args, **more)
+
+    monkeypatch.setattr(walk, "transfer", counted)
     for rows, expected in ((16, set()), (ENOUGH, {(ENOUGH // 2, 1)})):
         pared.prune(model, calibration=tiny.tokens(rows, 12), remove=0.3, align=1)
         assert seen == expected
+        assert (moved[0] > 0) == bool(expected), "few leave what runs before the consumers as it is"
+    assert refits_inputs(resolved(effort="max", samples=16)[0])
 
 
 def test_sizes_are_measured_where_the_walk_chooses_the_units() -> None:

@@ -9,7 +9,8 @@ import torch
 
 from pared.axes import Nested, parse
 from pared.elimination import Elimination, choose_units, elimination_costs
-from pared.inverses import DenseInverse, FewInverse
+from pared.inverses import WAITING, DenseInverse, FewInverse
+from pared.leastsquares import DAMPING, ridge
 from test_leastsquares import correlated, moments, refit, rows
 
 
@@ -125,6 +126,26 @@ def test_few_tokens_are_eliminated_as_their_second_moments_are(width: int, centr
             state.remove(alive[:4].reshape(-1))
         assert torch.allclose(states[0].weights, states[1].weights, atol=1e-3)
     assert torch.allclose(copies[0].costs(blocks), copies[1].costs(blocks), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", [7, WAITING, 2 * WAITING + 5])
+def test_the_inverse_follows_what_goes_before_and_after_it_is_brought_up_to_date(step: int) -> None:
+    n = 5 * WAITING
+    a, w = correlated(4 * n, n, seed=11), torch.randn(3, n, generator=torch.Generator().manual_seed(11))
+    c = (a.T @ a / len(a)).double() + 0.1 * torch.eye(n, dtype=torch.float64)
+    state, order = Elimination.of(c, w), torch.randperm(n, generator=torch.Generator().manual_seed(12))
+    added = ridge(float(c.diagonal().mean()), DAMPING)
+    for start in range(0, 4 * WAITING, step):
+        state.remove(order[start : start + step])
+        left = order[start + step :].sort().values
+        exact = torch.linalg.inv(c[left][:, left] + added * torch.eye(len(left), dtype=torch.float64))
+        for now in (state, state.copy()):
+            at = now._place[left]
+            assert torch.allclose(now.h.diagonal()[at], exact.diagonal(), rtol=1e-9)
+            assert torch.allclose(now.h.rows(at[:5])[:, at], exact[:5], rtol=1e-9, atol=1e-9)
+            assert torch.allclose(now.h.squares(at[None, -4:])[0], exact[-4:, -4:], rtol=1e-9, atol=1e-9)
+            best = w[:, left].double() + w[:, order[: start + step]].double() @ c[order[: start + step]][:, left] @ exact
+            assert torch.allclose(now.weights.double(), best, atol=1e-4)
 
 
 def test_errors_weighed_by_a_diagonal_are_those_weighed_by_its_matrix() -> None:

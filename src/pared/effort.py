@@ -88,6 +88,11 @@ def reconstruction(recipe: Recipe, compensate: str, allocate: str) -> tuple[int,
     return 0, recipe.step_of
 
 
+def refits_inputs(recipe: Recipe) -> bool:
+    """Whether what runs before the consumers is refitted too: of few windows that gains less than it takes."""
+    return recipe.effort == "max" or recipe.windows >= ENOUGH
+
+
 def random_beside(recipe: Recipe, samples: int) -> int:
     """How many sequences of random tokens a refit sees beside so many of the calibration."""
     return 0 if recipe.compensate == "bias" else random_rows(samples, reconstructed=bool(recipe.reconstruct))

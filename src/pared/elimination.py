@@ -119,7 +119,9 @@ class Elimination:
         # What is gone stays in the matrices until much of them is: moving them each time would cost more than the update.
         if len(left) < 0.75 * len(self.h):
             self.h.squeeze(left)
-            self.v = self.v[:, left]
+            for rows in self.v.split(STRIP):  # in place
+                rows[:, : len(left)] = rows[:, left]
+            self.v = self.v[:, : len(left)]
             self._place[self._place >= 0] = torch.arange(len(left), device=left.device)
 
 
@@ -181,14 +183,17 @@ def choose_units(
 
 def _keep(state: Elimination, blocks: Tensor, alive: Tensor, row: Tensor, wanted: int, rounds: int) -> Tensor:
     """Remove the cheapest of `alive` until `wanted` of each row are left: their numbers, ascending."""
-    surplus = torch.bincount(row, minlength=int(row.max()) + 1) - wanted
+    surplus = (torch.bincount(row, minlength=int(row.max()) + 1) - wanted).tolist()
     per_round = _per_round(len(blocks), blocks.shape[1], rounds)
-    while bool((surplus > 0).any()):
+    while any(n > 0 for n in surplus):
         going: list[int] = []
+        rows = row.tolist()
         for k in state.costs(blocks[alive]).argsort(stable=True).tolist():
-            if len(going) < per_round and surplus[row[k]] > 0:
-                surplus[row[k]] -= 1
+            if surplus[rows[k]] > 0:
+                surplus[rows[k]] -= 1
                 going.append(k)
+                if len(going) == per_round:
+                    break
         state.remove(blocks[alive[going]].reshape(-1))
         left = torch.ones(len(alive), dtype=torch.bool)
         left[going] = False

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from pared.leastsquares import factored, inverse
 
-# Rows that move together when what is gone is squeezed out.
-STRIP = 256
+# Rows that move together when what is gone is squeezed out, and that are made together.
+STRIP, MADE = 64, 256
+# Columns that go before the whole matrix follows: one product for all of them instead of one for each round.
+WAITING = 64
 
 
 class Inverse(Protocol):
@@ -38,10 +40,19 @@ class Inverse(Protocol):
 
 
 class DenseInverse:
-    """The matrix. square: makes C, which H takes the place of."""
+    """The matrix. square: makes C, which H takes the place of.
+
+    It follows what goes a little later: until then H = matrix - rows^T gains, of the columns that went last. The diagonal
+    follows at once.
+    """
 
     def __init__(self, square: Callable[[], Tensor], added: float) -> None:
-        self.matrix = inverse(square, added)
+        self._set(inverse(square, added))
+
+    def _set(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self._diagonal = matrix.diagonal().clone()
+        self._rows = self._gains = matrix[:0]
 
     @classmethod
     def of_few(cls, a: Tensor, added: float) -> DenseInverse:
@@ -49,8 +60,8 @@ class DenseInverse:
         n = a.shape[1]
         torch.linalg.solve_triangular(factored(lambda: a @ a.T, added), a, upper=False, out=a)
         h = torch.empty(n, n, dtype=a.dtype, device=a.device)
-        for s in range(0, n, STRIP):
-            e = min(s + STRIP, n)
+        for s in range(0, n, MADE):
+            e = min(s + MADE, n)
             torch.mm(a[:, s:e].T, a[:, s:], out=h[s:e, s:])
             h[s:e, s:].div_(-added)
             h[e:, s:e] = h[s:e, e:].T
@@ -60,31 +71,40 @@ class DenseInverse:
     @classmethod
     def _from(cls, matrix: Tensor) -> DenseInverse:
         made = object.__new__(cls)
-        made.matrix = matrix
+        made._set(matrix)
         return made
 
     def __len__(self) -> int:
         return len(self.matrix)
 
     def diagonal(self) -> Tensor:
-        return self.matrix.diagonal()
+        return self._diagonal
 
     def rows(self, at: Tensor) -> Tensor:
-        return self.matrix[at]
+        return self.matrix[at].addmm_(self._rows[:, at].T, self._gains, alpha=-1)
 
     def squares(self, blocks: Tensor) -> Tensor:
-        return torch.stack([self.matrix[b][:, b] for b in blocks])
+        return torch.stack([self.matrix[b][:, b] - self._rows[:, b].T @ self._gains[:, b] for b in blocks])
 
     def down_date(self, gone: Tensor, rows: Tensor, gain: Tensor) -> None:
-        self.matrix.addmm_(rows.T, gain, alpha=-1)
+        self._diagonal -= (rows * gain).sum(0)
+        self._rows, self._gains = torch.cat([self._rows, rows]), torch.cat([self._gains, gain])
+        if len(self._rows) >= WAITING:
+            self._follow()
+
+    def _follow(self) -> None:
+        self.matrix.addmm_(self._rows.T, self._gains, alpha=-1)
+        self._rows = self._gains = self.matrix[:0]
 
     def squeeze(self, left: Tensor) -> None:
+        self._follow()
         n, h = len(left), self.matrix
         for s in range(0, n, STRIP):  # rows move up only, so what is still to be read is never overwritten
             h[s : min(s + STRIP, n), :n] = h[left[s : s + STRIP]][:, left]
-        self.matrix = h[:n, :n]
+        self._set(h[:n, :n])
 
     def copy(self) -> DenseInverse:
+        self._follow()
         return self._from(self.matrix.clone())
 
 

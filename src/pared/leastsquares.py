@@ -18,7 +18,7 @@ from pared.errors import ModelError
 DAMPING = 1e-2
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
 # Rows of a symmetric sum that are added up together, and rows of weights that are solved for together.
-STRIP = 512
+STRIP = 256
 
 
 class Problem(Protocol):

@@ -19,7 +19,7 @@ from pared.calibration import Batch, Calibration, together
 from pared.compensate import Reached, Refitted, compensate
 from pared.criteria import get_criterion
 from pared.distributed import Share, first_row, once, own_parts, own_rows, rank, size, total_of
-from pared.effort import random_beside, reselected
+from pared.effort import random_beside, refits_inputs, reselected
 from pared.errors import UsageError
 from pared.estimate import Progress, silent
 from pared.journal import Journal, reached, stopping_at_steps
@@ -86,6 +86,7 @@ def refit_blocks(
     batches, stream.share = _shared(rows, batch, bool(recipe.reconstruct))
     method = Method(
         mode=recipe.compensate or "sequential",
+        inputs=refits_inputs(recipe),
         reselect=reselected(recipe, source.layout),
         fisher=power or {},
         steps=recipe.reconstruct or 0,

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 from pared.elimination import HELD_OUT, ROUNDS
 from pared.fewrows import are_eliminated, are_few
+from pared.inverses import WAITING
 from pared.leastsquares import STRIP
 
 # Dampings that are tried on the way to the best.
 TRIED = 3
-# What is left of the columns when those that are gone are dropped.
-SQUEEZED = 0.75
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Consumer(_Known):
         """Bytes of H and V while columns go, and of what they are made with."""
         n, out, t = self.n, self.out, self.tokens
         v = 4 * n * out
-        moving = 3 * 8 * n * n / ROUNDS + (SQUEEZED * v if self.keep < SQUEEZED else 0)
+        moving = 3 * 8 * n * min(n, WAITING + n / ROUNDS)
         if self.few and are_eliminated(t, n):
             return int(8 * (4 * t * n + 2 * t * t) + 2 * v + moving)
         if self.few:

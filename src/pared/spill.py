@@ -21,7 +21,7 @@ from pared.durable import FULL
 from pared.errors import ResourceError
 
 # What is freed on the way lies between the tensors that stay, and is given back each time that so many bytes of them came.
-TIDY = 32 << 20
+TIDY = 16 << 20
 
 
 class Pool:

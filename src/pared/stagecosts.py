@@ -14,7 +14,7 @@ from pared.budget.search import CHILDREN, MOST_WORTH, SHARES
 from pared.budget.trials import FEW, KEPT, MOST_NEAR, split_rows
 from pared.budget.uniform import Shape, uniform_shapes
 from pared.criteria import get_criterion
-from pared.effort import GENERATIONS, measures
+from pared.effort import GENERATIONS, measures, refits_inputs
 from pared.elimination import HELD_OUT
 from pared.reconstruct import between_looks
 from pared.unlikely import SCRAMBLED
@@ -196,7 +196,7 @@ def measuring(work: Work, blocks: list[Block], end: int) -> list[Stage]:
         gone = {n: models * (1 - recipe.share) for n, _, _ in big.consumers}
         return _trials(work, blocks, end, "trials", models, split.few, run, gone, rounds=rounds, walked=True)
     budget = Budget(work.layout, Amount(recipe.share, recipe.of), work.axes, experts_used=work.experts_used)
-    shapes, widths = uniform_shapes(budget), [n for n, _, _ in big.consumers]
+    shapes, widths = uniform_shapes(budget, brief=split.brief), [n for n, _, _ in big.consumers]
     found = _trials(work, blocks, end, "trials", len(shapes), split.measured, compared, _gone(budget, shapes, widths))
     near = min(len(shapes), MOST_NEAR)
     if split.again and near > 1:  # at most: where shapes come near each other
@@ -282,18 +282,19 @@ def walk(work: Work, blocks: list[Block], end: int) -> list[Stage]:
     """The dense and the pruned stream side by side, and the solves between them."""
     big = max(blocks, key=lambda b: b.entries)
     sequential = work.recipe.compensate == "sequential"
+    moves = sequential and refits_inputs(work.recipe)
     keep, c = 1 - work.recipe.share, work.itemsize
     together = work.recipe.step_of if work.recipe.reconstruct else 0
     parts = [_consumer(work, *p, work.tokens) for p in big.consumers]
     moved = solves.Moved(big.hidden, work.tokens // 2, work.processes, entries=big.producer_entries)
     # The block, the refitted matrices that read the stream beside their dense ones, and refitted consumers.
     block, done = c * big.entries, sum(p.weights for p in parts)
-    held = block + (c * big.producer_entries if sequential else 0) + done
+    held = block + (c * big.producer_entries if moves else 0) + done
     # What made the inputs of the consumers before runs cut.
     gathered = [p.gathered + int(keep * c * sum(big.made[:k])) for k, p in enumerate(parts)]
     # Nothing dense is needed beside what was refitted once the last consumer has been passed.
     solving = [(block + done if k == len(parts) - 1 else held) - p.weights + p.peak for k, p in enumerate(parts)]
-    if sequential:
+    if moves:
         gathered.append(moved.gathered + int(keep * c * sum(big.made[:-1])))
         solving.append(held + moved.peak)
     states = (5 + 2 * len(big.consumers) if sequential else 3 + len(big.consumers)) * _states(work, big)
@@ -303,7 +304,7 @@ def walk(work: Work, blocks: list[Block], end: int) -> list[Stage]:
         flops += sum(p.flops for p in own) + work.tokens * _moved_on(b, keep, first=i == 0, last=i == len(blocks) - 1)
         solved, inverted = solved + sum(p.solves for p in own), inverted + sum(p.inverted for p in own)
         touched += sum(p.touched(1 - keep, solves.ROUNDS) for p in own)
-        if sequential:
+        if moves:
             share = 1.0 if i else b.made[-1] / max(1, b.producer_entries) if b.made else 0.0
             every = solves.Moved(b.hidden, work.tokens // 2, work.processes, entries=b.producer_entries)
             flops, solved = flops + share * every.flops, solved + share * every.solves

@@ -54,6 +54,9 @@ class Calls:
     by_name: bool
 
 
+# Tokens of a sequence that are enough to see how a block works.
+PROBE = 64
+
 Visit = Callable[[int, nn.Module, States], States]
 Around = Callable[[int, nn.Module], contextlib.AbstractContextManager[None]]
 
@@ -198,6 +201,8 @@ class Stream:
                 entered.append(hidden)
                 if (1, ids.shape[1]) not in self._calls:
                     self._enter(ids[:1])  # gradients of single sequences run rows of a batch on their own
+                if tuple(ids[:1, :PROBE].shape) not in self._calls:
+                    self._enter(ids[:1, :PROBE])
                 if not _agree(calls[0], self._calls[1, ids.shape[1]][0]):
                     raise ModelError(
                         "the positions or masks of this model follow from its tokens, and those of the texts given differ",

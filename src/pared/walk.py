@@ -23,7 +23,7 @@ from pared.plan import kept_sizes
 from pared.reconstruct import SEQUENCES, reconstruct
 from pared.spill import States
 from pared.stages import Dense, Stages, consumer_at, reads, run_from, stages_of
-from pared.stream import Stream
+from pared.stream import PROBE, Stream
 from pared.structure import Layout
 
 # Added to the mean square of hidden states before it is divided by, as norms do.
@@ -98,7 +98,9 @@ class Walk:
         """The block taken apart."""
         mode = self.method.mode
         producers = self._producers() if mode == "sequential" and self.method.inputs else []
-        made = stages_of(self.stream, self.block, self.i, x[0][:1], self._consumers(), producers)
+        # Of experts more tokens see more.
+        tokens = x[0][:1] if "expert" in self.sizes else x[0][:1, :PROBE]
+        made = stages_of(self.stream, self.block, self.i, tokens, self._consumers(), producers)
         apart, adds, rest = once(lambda: (made.apart, made.adds, made.rest))
         return replace(made, apart=apart, adds=adds, rest=rest)
 
@@ -252,6 +254,7 @@ class Walk:
         self, stage: int, dense: Dense, now: States, few: int, *, same: bool, fits: bool, moves: bool, bridge: bool = False
     ) -> None:
         """Everything through one consumer: the dense stream, what is fitted to, and the pruned stream where it moves on."""
+        process.return_freed_memory()
         stages, name = dense.stages, dense.stages.order[stage]
         module = self.block if same else self._module(self._done(stages.order[:stage]))
         w = self._weight(name)
@@ -358,6 +361,7 @@ class Walk:
         fisher = self.method.fisher.get((self.i, name))
         if fisher is not None:
             state.weigh(fisher)
+        process.return_freed_memory()  # what H and V were made with: they are the most that is held at once
         full = self._full(name)
         node = self.layout.tensors[full].dims[self.layout.consumers[full]]
         wanted = {a: n for a, n in kept_sizes(self.keep).items() if a in axes}

@@ -24,16 +24,16 @@ Judge = Callable[[list[PerLayer]], list[float]]
 CLEARLY = 1.05
 
 
-def allocate_mixed(budget: Budget, width: Judge, mixed: Judge, order: Sequence[int]) -> Shape:
+def allocate_mixed(budget: Budget, width: Judge, mixed: Judge, order: Sequence[int], *, brief: bool = False) -> Shape:
     """The best of the shape that keeps every layer and of one for each smaller number of layers.
 
-    width: compares splits among shapes that keep all layers, as where none may go; mixed: compares the best of them with
-    shapes that lose layers, in which those are marked as going. order: layers in the order in which they go. The result is
+    width: compares splits among shapes that keep all layers, as where none may go, brief: few of them; mixed: compares the
+    best of them with shapes that lose layers, in which those are marked as going. order: layers in the order in which they go. The result is
     the shape by width alone, or one that does clearly better on what `mixed` measures.
     """
     shapes = fewer_layers(budget)
     try:
-        shapes = [allocate_uniform(_without_depth(budget), width), *shapes]
+        shapes = [allocate_uniform(_without_depth(budget), width, brief=brief), *shapes]
     except UsageError:
         if not shapes:  # neither can give so much
             raise

@@ -115,9 +115,12 @@ def make_plan(
         value[list(budget.protected)] = float("inf")
         worth = value.argsort(descending=True, stable=True).tolist()
     if judges is not None and "layer" in budget.axes:
-        chosen = allocate_mixed(budget, judges.uniform, functools.partial(judges.sequential, share=1.0), worth[::-1])
+        mixed = functools.partial(judges.sequential, share=1.0)
+        chosen = allocate_mixed(budget, judges.uniform, mixed, worth[::-1], brief=judges.brief)
+    elif judges is not None:
+        chosen = allocate_uniform(budget, judges.uniform, brief=judges.brief)
     else:
-        chosen = allocate_uniform(budget, judges.uniform if judges is not None else None)
+        chosen = allocate_uniform(budget)
     kept = sorted(worth[: chosen.layers])
     sizes = {i: {} if i in budget.protected else dict(chosen.sizes) for i in kept}
     return _plan(budget, scores, sizes, kept, chosen.hidden, shape, provenance)

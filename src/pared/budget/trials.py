@@ -35,7 +35,7 @@ KEPT = 2 << 30
 FEW = 128
 # Uniform shapes whose loss is within this factor of the least are compared once more, so many of them at most.
 NEAR, MOST_NEAR = 1.2, 3
-# Sequences of calibration from which on they are: with fewer that would cost more than all else.
+# Sequences of calibration from which on they are. With fewer that would cost more than all else, and trials are brief.
 ENOUGH = 64
 
 
@@ -45,6 +45,7 @@ class Split:
 
     few, many: fitted to and judged on as the walk does. measured, compared: what uniform shapes are fitted to on dense inputs,
     and judged on. again: fitted to as the walk does where uniform shapes come near each other; 0: they are not.
+    brief: few uniform shapes are tried.
     """
 
     few: int
@@ -53,11 +54,17 @@ class Split:
     compared: int
     again: int
 
+    @property
+    def brief(self) -> bool:
+        return self.again == 0
+
 
 def split_rows(n: int) -> Split:
     """Of so many sequences."""
     few, many = max(1, min(n // 2, max(8, n // 16))), max(1, min(n // 4, max(8, n // 8)))
-    return Split(few, many, max(1, n // 8), max(1, min(many, n // 8)), 3 * n // 16 if n >= ENOUGH else 0)
+    if n < ENOUGH:
+        return Split(few, many, max(1, n // 8), max(1, 3 * n // 32), 0)
+    return Split(few, many, n // 8, min(many, n // 8), 3 * n // 16)
 
 
 class Judges:
@@ -68,7 +75,7 @@ class Judges:
     uniform: the former, and those that come near the best as the latter does.
     All are judged on the calibration's text and on some of its tokens in random order as well, which tells what a shape
     loses on text of another kind.
-    power: as in `Scores`: what weighs errors where the latter chooses units.
+    power: as in `Scores`: what weighs errors where the latter chooses units. brief: few uniform shapes are worth trying.
     """
 
     def __init__(
@@ -89,7 +96,7 @@ class Judges:
         self.compared = together(own_rows(with_scrambled(rows[:brief])), batch)
         self.measured = together(own_rows(rows[brief : brief + split.measured] or rows[:1]), batch)
         self.again = together(own_rows(rows[brief : brief + split.again]), batch)
-        self._compares_again = split.again > 0
+        self.brief = split.brief
         self._levels: dict[int, Levels] = {}
         self._power = power or {}
 
@@ -105,7 +112,7 @@ class Judges:
         losses = self.quick(shapes)
         least = min(losses)
         near = [k for k in sorted(range(len(shapes)), key=losses.__getitem__) if losses[k] <= NEAR * least][:MOST_NEAR]
-        if len(near) < 2 or not self._compares_again or not 0 < least < math.inf:
+        if len(near) < 2 or self.brief or not 0 < least < math.inf:
             return losses
 
         found = self._walked([shapes[k] for k in near], self.again, self.compared)
@@ -171,7 +178,8 @@ def score_shapes(
             paths, on = _through(stream, i, block, here, shapes, paths, on, (len(fit), gaps, beyond), method)
             dense = paths[0]
             del here, block
-    found = divergences(stream, paths[0][len(fit) :], [p[len(fit) :] for p in paths])
+    last = [p[len(fit) :] for p in paths]
+    found = [0.0, *divergences(stream, last[0], last[1:])]
     return [found[p] for p in on]
 
 
@@ -260,7 +268,7 @@ def divergences(stream: Stream, dense: Sequence[Tensor], paths: Sequence[Sequenc
                     weight = p.exp()
                     tokens += p.shape[1]
                     for k, path in enumerate(paths):
-                        q = torch.log_softmax(stream.logits(path[b][at]).float(), -1)
-                        totals[k] += float(q.neg_().add_(p).mul_(weight).sum(dtype=torch.float64))
+                        q = torch.log_softmax(stream.logits(path[b][at]).float(), -1).sub_(p)
+                        totals[k] -= float(torch.linalg.vecdot(weight, q).sum(dtype=torch.float64))
     count, totals = total_of(tokens), [total_of(t) for t in totals]
     return [t / count if math.isfinite(t) else math.inf for t in totals]

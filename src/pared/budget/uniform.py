@@ -19,8 +19,10 @@ from pared.errors import UsageError
 OTHER_TYPE = 0.02
 # Combinations of coarse sizes: some seconds for a model of 80 layers.
 MOST_TRIED = 1024
-# Splits whose loss is measured, and how much less balanced than the best they may be.
+# Splits whose loss is measured, where it is to take little time those along a single coarse axis, and how much less balanced
+# than the best they may be.
 MOST_MEASURED = 5
+FEW_MEASURED = 3
 UNBALANCED = 0.3
 
 
@@ -37,24 +39,26 @@ class Shape:
     removed: int
 
 
-def allocate_uniform(budget: Budget, judge: Callable[[list[PerLayer]], list[float]] | None = None) -> Shape:
+def allocate_uniform(
+    budget: Budget, judge: Callable[[list[PerLayer]], list[float]] | None = None, *, brief: bool = False
+) -> Shape:
     """The best uniform shape that removes at least the amount asked for.
 
     judge: gives the loss of shapes (sizes for each layer), and some splits between the kinds of structure are then
-    compared by it; without it the most balanced one is taken.
+    compared by it, brief: few of them; without it the most balanced one is taken.
     """
     enough = enough_removed(budget)
     if judge is not None:
-        tried = [shape for _, shape in _spread(budget, enough)]
+        tried = [shape for _, shape in _spread(budget, enough, brief)]
         if len(tried) > 1:
             losses = judge([per_layer(budget, shape) for shape in tried])
             return best_written(budget, sorted(zip(losses, tried, strict=True), key=lambda e: e[0]), relative=True)
     return best_written(budget, enough)
 
 
-def uniform_shapes(budget: Budget) -> list[Shape]:
-    """Some uniform shapes that meet the budget, from much attention and little FFN to the reverse."""
-    return [shape for _, shape in _spread(budget, enough_removed(budget))]
+def uniform_shapes(budget: Budget, *, brief: bool = False) -> list[Shape]:
+    """Some uniform shapes that meet the budget, from much attention and little FFN to the reverse; brief: few of them."""
+    return [shape for _, shape in _spread(budget, enough_removed(budget), brief)]
 
 
 def per_layer(budget: Budget, shape: Shape) -> PerLayer:
@@ -62,22 +66,24 @@ def per_layer(budget: Budget, shape: Shape) -> PerLayer:
     return {i: {} if i in budget.protected else dict(shape.sizes) for i in range(budget.layout.num_layers)}
 
 
-def _spread(budget: Budget, shapes: list[tuple[float, Shape]]) -> list[tuple[float, Shape]]:
+def _spread(budget: Budget, shapes: list[tuple[float, Shape]], brief: bool) -> list[tuple[float, Shape]]:
     """Up to MOST_MEASURED of the shapes, the most balanced one among them, evenly over the attention that they keep.
 
-    That one of them removes more than another, where FFN channels come in coarse steps, counts for nothing here: a shape
+    brief: up to FEW_MEASURED where they differ in KV groups or in query heads alone, and so lie on a line. That one of them removes more than another, where FFN channels come in coarse steps, counts for nothing here: a shape
     that loses less is the better one for being smaller too.
     """
-    most = imbalance(budget, shapes[0][1]) + UNBALANCED
-    near = [s for s in shapes if imbalance(budget, s[1]) <= most]
+    far = imbalance(budget, shapes[0][1]) + UNBALANCED
+    near = [s for s in shapes if imbalance(budget, s[1]) <= far]
     full = budget.full()
 
     def attention(shape: Shape) -> float:
         return math.prod(shape.sizes.get(a, full[a]) / full[a] for a in ("kv", "query") if a in full)
 
     near.sort(key=lambda s: (attention(s[1]), s[0]))
-    if len(near) > MOST_MEASURED:
-        at = sorted({round(k * (len(near) - 1) / (MOST_MEASURED - 2)) for k in range(MOST_MEASURED - 1)})
+    varied = [a for a in ("kv", "query") if len({s.sizes.get(a) for _, s in near}) > 1]
+    most = FEW_MEASURED if brief and len(varied) == 1 else MOST_MEASURED
+    if len(near) > most:
+        at = sorted({round(k * (len(near) - 1) / (most - 2)) for k in range(most - 1)})
         thin = [near[k] for k in at]
         near = thin if shapes[0] in thin else [*thin, shapes[0]]
     return near
