@@ -87,15 +87,15 @@ class Judges:
         power: Mapping[tuple[int, str], Tensor] | None = None,
     ) -> None:
         split = split_rows(len(rows))
-        many, brief = split.many, split.compared
+        many, compared = split.many, split.compared
         self.stream, self.axes = stream, axes
         # Rows that are judged by come first, those that are fitted to after them; a single row has to do for both.
         self.judged = together(own_rows(with_scrambled(rows[:many])), batch)
         self.fit = together(own_rows(rows[many : many + split.few] or rows[:1]), batch)
         # Shapes that are alike everywhere differ by more than the noise of few sequences.
-        self.compared = together(own_rows(with_scrambled(rows[:brief])), batch)
-        self.measured = together(own_rows(rows[brief : brief + split.measured] or rows[:1]), batch)
-        self.again = together(own_rows(rows[brief : brief + split.again]), batch)
+        self.compared = together(own_rows(with_scrambled(rows[:compared])), batch)
+        self.measured = together(own_rows(rows[compared : compared + split.measured] or rows[:1]), batch)
+        self.again = together(own_rows(rows[compared : compared + split.again]), batch)
         self.brief = split.brief
         self._levels: dict[int, Levels] = {}
         self._power = power or {}
