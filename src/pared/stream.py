@@ -199,10 +199,10 @@ class Stream:
                 ids = batch.input_ids.to(self.device)
                 hidden, calls = self._enter(ids)
                 entered.append(hidden)
-                if (1, ids.shape[1]) not in self._calls:
-                    self._enter(ids[:1])  # gradients of single sequences run rows of a batch on their own
-                if tuple(ids[:1, :PROBE].shape) not in self._calls:
-                    self._enter(ids[:1, :PROBE])
+                # Gradients run rows of a batch on their own, and blocks are taken apart on few tokens.
+                for part in (ids[:1], ids[:1, :PROBE]):
+                    if tuple(part.shape) not in self._calls:
+                        self._enter(part)
                 if not _agree(calls[0], self._calls[1, ids.shape[1]][0]):
                     raise ModelError(
                         "the positions or masks of this model follow from its tokens, and those of the texts given differ",

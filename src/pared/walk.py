@@ -248,7 +248,6 @@ class Walk:
                 if bias is not None:
                     self.whole[bias_of(name)] = (bias.double() + w.double() @ shift).to(bias)
         del fit, held, change
-        process.return_freed_memory()
 
     def _stage(
         self, stage: int, dense: Dense, now: States, few: int, *, same: bool, fits: bool, moves: bool, bridge: bool = False

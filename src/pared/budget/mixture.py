@@ -28,8 +28,8 @@ def allocate_mixed(budget: Budget, width: Judge, mixed: Judge, order: Sequence[i
     """The best of the shape that keeps every layer and of one for each smaller number of layers.
 
     width: compares splits among shapes that keep all layers, as where none may go, brief: few of them; mixed: compares the
-    best of them with shapes that lose layers, in which those are marked as going. order: layers in the order in which they go. The result is
-    the shape by width alone, or one that does clearly better on what `mixed` measures.
+    best of them with shapes that lose layers, in which those are marked as going. order: layers in the order in which they
+    go. The result is the shape by width alone, or one that does clearly better on what `mixed` measures.
     """
     shapes = fewer_layers(budget)
     try:
