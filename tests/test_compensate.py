@@ -102,10 +102,11 @@ def test_on_a_trained_model_each_ingredient_helps(stories: tuple[Any, Tensor, Wi
     random = kl(stories, criterion="random", compensate="none")
     wanda = kl(stories, criterion="wanda_sp", compensate="none")
     refitted = kl(stories, criterion="wanda_sp", compensate="sequential")
-    default = kl(stories)
-    closed = kl(stories, reconstruct=0)
-    reconstructed = kl(stories, reconstruct=20)
-    assert reconstructed < default < closed < wanda < random
+    wide = kl(stories, narrow=False)
+    closed = kl(stories, narrow=False, reconstruct=0)
+    reconstructed = kl(stories, narrow=False, reconstruct=20)
+    assert reconstructed < wide < closed < wanda < random
+    assert kl(stories) < 0.8 * reconstructed  # its residual stream has directions to spare
     assert refitted < wanda
 
 

@@ -30,6 +30,7 @@ from pared.gaps import gap_behind, past_gap, skipped_in
 from pared.plan import LayerPlan, Plan, layer_plan
 from pared.spill import States
 from pared.stream import Stream, unpadded
+from pared.turned import TurnedStream
 from pared.walk import Method, Walk
 
 
@@ -69,17 +70,23 @@ def compensate(
     reached: where to go on; the blocks before it are passed over.
 
     Layers and sublayers that the plan leaves out are passed over: what they did goes into the target of the consumer before
-    them, what is left of it into those after. Layers in which and behind which nothing goes stay as they are. Hidden channels
-    can not be cut at the same time.
+    them, what is left of it into those after. Layers in which and behind which nothing goes stay as they are. Where hidden
+    channels go, `stream` is in the basis that their number counts from, and T the part of the dense stream that stays.
     """
     method = method or Method()
     if method.steps and method.mode == "refit":
         raise UsageError("reconstruction needs the pruned stream", where="--compensate refit", fix="--compensate sequential")
-    if plan.hidden is not None:
-        raise UsageError("hidden channels and a refit can not be combined", where="--compensate", fix="--compensate none")
+    if plan.hidden is not None and (method.mode != "sequential" or not isinstance(stream, TurnedStream)):
+        raise UsageError(
+            "fewer hidden channels are made up for in a basis of their own, in the walk of both streams",
+            where="--compensate",
+            fix="--compensate none, or sequential with --criterion rotation or --narrow",
+        )
     batches = unpadded(batches)
     x = stream.embed(batches)
     pruned: States | None = None  # the dense stream itself until something is cut
+    if plan.hidden is not None:
+        pruned = stream.pool.store(h[..., : plan.sizes(None, stream.layout)["hidden"]].clone() for h in x)
     if reached is not None:
         x, pruned = reached.dense, reached.pruned
     place = {layer.source: i for i, layer in enumerate(plan.layers)}
@@ -96,7 +103,8 @@ def compensate(
             x, pruned = walk.through(x, pruned, last=i == stream.num_layers - 1)
         progress("refit", i + 1, stream.num_layers)
         if i in place:
-            layer = layer_plan(i, walk.keep, stream.layout.sizes_at(i))
+            inside = {a: k for a, k in walk.keep.items() if a != "hidden"}
+            layer = layer_plan(i, inside, stream.layout.sizes_at(i))
             tensors, damping = walk.tensors(), walk.damping
             del walk  # and with it the block's own weights, while the result is written
             yield Refitted(layer, tensors, damping, Reached(i + 1, x, pruned))

@@ -13,11 +13,13 @@ from pared.calibration import Batch
 from pared.criteria import get_criterion
 from pared.criteria.obs import AXES
 from pared.depth import Depth
+from pared.errors import UsageError
 from pared.estimate import Progress, estimate
 from pared.recipe import Recipe
 from pared.scores import Scores
 from pared.stream import Stream, unpadded
 from pared.structure import Layout
+from pared.turned import TurnedStream
 from pared.unlikely import random_rows
 
 # Generations of a search, and steps of reconstruction at the highest effort.
@@ -46,10 +48,34 @@ def tried(layout: Layout, axes: tuple[str, ...]) -> bool:
     return set(axes) <= _chosen_alone(layout) and not tied & set(axes)
 
 
-def judges(stream: Stream, axes: tuple[str, ...], batches: list[Batch], size: int, scores: Scores) -> Judges:
-    """What measures trial models, on the calibration's own sequences, `size` at a time."""
+def narrows(recipe: Recipe, layout: Layout, axes: tuple[str, ...]) -> bool:
+    """Whether trial models say if hidden channels go as well, in a basis of their own.
+
+    Where that was not asked for, a head that shares the embeddings has to lie outside of what is counted: it becomes a tensor
+    of its own. UsageError where it was asked for and can not be.
+    """
+    if recipe.narrow is False or (recipe.narrow is None and recipe.structures is not None):
+        return False
+    reasons = {
+        "--allocate uniform, or search": recipe.allocate == ("uniform" if recipe.shape == "uniform" else "search"),
+        "--criterion obs and --compensate sequential": measures(recipe, layout, axes),
+        f"{ENOUGH} or more calibration windows": recipe.windows >= ENOUGH,
+        "heads and FFN channels, and no whole layers or experts": not {"layer", "expert"} & {*axes, *layout.parents.values()},
+        "an amount that hidden channels are part of": recipe.of != "kv-cache",
+        "the whole vocabulary": recipe.keep_tokens_from is None,
+    }
+    missing = [what for what, there in reasons.items() if not there]
+    if missing and recipe.narrow:
+        raise UsageError(f"a narrower residual stream wants {missing[0]}", where="--narrow", fix="--no-narrow")
+    return not missing and (bool(recipe.narrow) or not layout.tied or recipe.of == "block-params")
+
+
+def judges(
+    stream: Stream, axes: tuple[str, ...], batches: list[Batch], size: int, scores: Scores, turned: TurnedStream | None
+) -> Judges:
+    """What measures trial models, on the calibration's own sequences, `size` at a time. turned: where hidden channels may go."""
     batches = [Batch(row, None) for b in unpadded(batches) for row in b.input_ids.split(1)]
-    return Judges(stream, axes, batches, size, scores.power)
+    return Judges(stream, axes, batches, size, scores.power, turned)
 
 
 def reselected(recipe: Recipe, layout: Layout) -> frozenset[str]:

@@ -190,13 +190,19 @@ class BetweenTokens:
     def gain(self, before: Tensor, after: Tensor) -> float:
         return self.error(before) - self.error(after)
 
+    def _off(self, a: Tensor) -> Tensor:
+        """Targets less inputs, which stand for the first of them."""
+        off = self._targets()
+        off[:, : a.shape[1]] -= a
+        return off
+
     def moved(self, damping: float) -> Factors:
         a = self._inputs()
-        off = self._targets().sub_(a).T.contiguous()
+        off = self._off(a).T.contiguous()
         return Factors(solve_rows_(factored(lambda: a @ a.T, ridge(self.scale, damping)), off), a)
 
     def moved_judge(self, weights: Sequence[Tensor]) -> Callable[[Factors], float]:
-        a, off = self._inputs().float(), (self._targets() - self._inputs()).float()
+        a, off = self._inputs().float(), self._off(self._inputs()).float()
         before = [off @ w.float().T for w in weights]
 
         def gain(change: Factors) -> float:

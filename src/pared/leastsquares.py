@@ -178,5 +178,6 @@ def transfer(fit: Sums, held: Sums, weights: Sequence[Tensor], *, centred: bool)
     chosen = judged()
     whole = fit.plus(held).problem(centred=centred)
     change = None if chosen is None else whole.moved(chosen)
-    shift = whole.mean_t - whole.mean_a
+    shift = whole.mean_t.clone()
+    shift[: len(whole.mean_a)] -= whole.mean_a
     return change, shift if change is None else shift - change.times(whole.mean_a), chosen

@@ -289,11 +289,12 @@ class NormalEquations:
         return out
 
     def moved(self, damping: float) -> Factors:
-        off = self.x().sub_(self.c)  # (T - I) (C + r I) = X - C
+        off = self.x()  # (T - I) (C + r I) = X - C
+        off[: len(self.mean_a)] -= self.c
         return Factors(solve_rows_(self._factor(damping)[0], off))
 
     def moved_judge(self, weights: Sequence[Tensor]) -> Callable[[Factors], float]:
-        metric = torch.zeros_like(self.c, dtype=torch.float32)
+        metric = torch.zeros(len(self.mean_t), len(self.mean_t), dtype=torch.float32, device=self.mean_t.device)
         for w in weights:
             metric.addmm_(w.float().T, w.float())
 
@@ -301,7 +302,7 @@ class NormalEquations:
             less = change.onto(metric).neg_()
             eye = torch.eye(len(metric), dtype=torch.float32, device=metric.device)
             x = self.x().float()
-            both = change.onto(eye).add_(eye, alpha=2.0)
+            both = change.onto(eye).add_(eye[:, : len(self.mean_a)], alpha=2.0)
             return float(self._onto(less).mul_(both).sub_(x.mul_(less), alpha=2.0).sum(dtype=torch.float64))
 
         return gain

@@ -123,8 +123,8 @@ class Plan(BaseModel):
         return out
 
     def changes_blocks(self, layout: Layout) -> bool:
-        """Whether a layer, or anything in one, goes."""
-        return len(self.layers) < layout.num_layers or any(layer.keep or layer.skip for layer in self.layers)
+        """Whether a layer, or anything in one, goes, or the basis that they are in is another."""
+        return self.rotated or len(self.layers) < layout.num_layers or any(layer.keep or layer.skip for layer in self.layers)
 
     def with_layer(self, i: int, layer: LayerPlan) -> Plan:
         """The plan with other units kept in the result's layer i, as many as before."""

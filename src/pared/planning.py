@@ -17,8 +17,8 @@ from pared.compose import compose
 from pared.criteria import get_criterion
 from pared.depth import Depth
 from pared.distributed import once, own_rows, size
-from pared.effort import GENERATIONS, judges, layers_by_loss, measures, no_scores, reselected, some_rows
-from pared.errors import UsageError
+from pared.effort import GENERATIONS, judges, layers_by_loss, measures, narrows, no_scores, reselected, some_rows
+from pared.errors import ModelError, UsageError
 from pared.estimate import Progress, estimate, silent
 from pared.journal import Journal, reached
 from pared.latency import Workload, times_for
@@ -28,10 +28,12 @@ from pared.recipe import Recipe
 from pared.resolve import calibrate, compute_dtype, resolve, scored_axes
 from pared.resources import Resources
 from pared.retokenize import Retokenized, vocabulary_alone, with_vocabulary
-from pared.rotation import Rotation
+from pared.rotation import Rotation, find_rotation
 from pared.scores import Scores, named_power, power_of
 from pared.source import Source
+from pared.stream import unpadded
 from pared.surgery import cut_model, written_as
+from pared.turned import TurnedStream
 
 
 def plan_pruning(
@@ -88,6 +90,15 @@ def plan_pruning(
         if apart:
             few = together(own_rows(some_rows(calibration.batches(1) if calibration else [])), means.resources.batch)
             scores.of[None, "layer"] = layers_by_loss(stream, budget, few, going, progress)
+        turned, refused = None, {}
+        if narrows(recipe, now.layout, axes):
+            try:
+                turned = TurnedStream(stream, find_rotation(stream, unpadded(mine), progress))
+                scores.of[None, "hidden"] = turned.rotation.energy.float()
+            except ModelError as error:
+                if recipe.narrow:
+                    raise
+                refused = {"narrow": {"refused": error.what}}
         times = None
         if recipe.allocate == "latency":
             file = Path(recipe.latency_table).expanduser() if recipe.latency_table is not None else None
@@ -97,14 +108,17 @@ def plan_pruning(
             scores,
             shape=recipe.shape,
             allocate=recipe.allocate or "uniform",
-            judges=judges(stream, axes, every, means.resources.batch, scores) if measured else None,
+            judges=judges(stream, axes, every, means.resources.batch, scores, turned) if measured else None,
             effort=Effort(recipe.search_steps or GENERATIONS[recipe.effort], recipe.search_minutes, recipe.seed),
             times=times,
             progress=progress,
             journal=journal,
         )
+        if made.hidden is not None and turned is not None:
+            scores.rotation, scores.power = turned.rotation, turned.power(scores.power)
+            made = recount(made, budget_of(now.untied(), recipe, axes, share))
         # After the weights were read: what identifies them was gathered on the way.
-        said = {**provenance_of(source, recipe, calibration), **made.provenance}
+        said = {**provenance_of(source, recipe, calibration), **made.provenance, **refused}
         return made.model_copy(update={"provenance": said, "rotated": scores.rotation is not None}), scores
 
     if recipe.iterative_steps == 1:

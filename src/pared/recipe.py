@@ -36,6 +36,11 @@ class Recipe(BaseModel):
     structures: tuple[Structure, ...] | None = Field(
         default=None, description="what may be removed; by default heads and FFN channels, of experts channels"
     )
+    narrow: bool | None = Field(
+        default=None,
+        description="whether hidden channels may go as well, in a basis of their own; by default where no structures are "
+        "named and that was measured to lose less",
+    )
     effort: Literal["quick", "default", "max"] = Field(
         default="default",
         description="quick: refit on dense inputs; default: refit in the walk, a short reconstruction; max: a longer search and reconstruction",

@@ -40,9 +40,17 @@ class Rotation:
     fed_by: dict[str, str]
     offsets: dict[str, float]
 
+    def held(self, kept: int) -> float:
+        """The share of the energy that the first channels hold."""
+        return float(self.energy[:kept].sum())
+
     def factor(self, kept: int) -> float:
         """What norms over `kept` channels are multiplied with: the mean runs over fewer, and those hold a part of the energy."""
-        return math.sqrt(len(self.energy) / kept * float(self.energy[:kept].sum()))
+        return math.sqrt(len(self.energy) / kept * self.held(kept))
+
+    def norm(self, name: str, old: Tensor, kept: int) -> Tensor:
+        """The weight of a norm (its name, and the old weight) over so many channels."""
+        return torch.full_like(old, self.factor(kept) - self.offsets[name])
 
     def reader(self, layout: Layout, read: Callable[[str], Tensor], kept: int) -> Callable[[str], Tensor]:
         """Tensors of the turned model, all channels still there, from those of the original by the same names."""
@@ -52,7 +60,7 @@ class Rotation:
             scale = None if norm is None else read(norm).double() + self.offsets[norm]
             old = read(name)
             if name in self.offsets:
-                return torch.full_like(old, self.factor(kept) - self.offsets[name])
+                return self.norm(name, old, kept)
             return turn(layout, name, old, self.basis.to(old.device), scale)
 
         return turned

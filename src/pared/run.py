@@ -37,6 +37,7 @@ from pared.slots import with_slots
 from pared.source import Source
 from pared.stream import unpadded
 from pared.surgery import Turned, cut_refitted
+from pared.turned import TurnedStream
 from pared.unlikely import special_tokens, with_random
 from pared.walk import Method
 from pared.writer import CheckpointWriter
@@ -69,16 +70,19 @@ def refit_blocks(
     *,
     means: Means | None = None,
     reached: Reached | None = None,
-    power: Mapping[tuple[int, str], torch.Tensor] | None = None,
+    scores: Scores | None = None,
 ) -> Iterator[Refitted] | None:
     """Compensation as the recipe says, block by block as it is asked for; None where there is none.
 
-    power: as in `Scores`, what weighs errors where units are chosen. means: what to work with. reached: where to go on.
+    scores: of what they say of gradients and of another basis. means: what to work with. reached: where to go on.
     """
-    if not _compensates(recipe) or plan.hidden is not None or not plan.changes_blocks(source.layout):
+    scores = scores or Scores()
+    if not _compensates(recipe) or not plan.changes_blocks(source.layout) or (plan.hidden is not None) != plan.rotated:
         return None
     means = means or Means(Resources(recipe.batch))
     stream = means.stream(source, recipe)
+    if scores.rotation is not None:
+        stream = TurnedStream(stream, scores.rotation)
     rows = (calibration or calibrate(source, recipe)).batches(1)
     if random_beside(recipe, len(rows)):
         rows = with_random(rows, source.layout.sizes["vocab"], special_tokens(source.config), seed=recipe.seed)
@@ -88,7 +92,7 @@ def refit_blocks(
         mode=recipe.compensate or "sequential",
         inputs=refits_inputs(recipe),
         reselect=reselected(recipe, source.layout),
-        fisher=power or {},
+        fisher=scores.power,
         steps=recipe.reconstruct or 0,
         step_of=recipe.step_of,
         seed=recipe.seed,
@@ -242,6 +246,7 @@ def prune(
         text = noted_calibration(source, recipe, ids, means.journal) if wanted else None
         tell(progress, tokens=text.tokens if text else None)
         plan, scores = noted_plan(source, recipe, text, vocabulary, progress, means)
+        source = source.untied() if plan.rotated else source
         report: dict[str, Any] = {
             "model_type": source.layout.model_type,
             "requested": recipe.remove if recipe.allocate != "latency" else None,
@@ -264,7 +269,7 @@ def prune(
         def refitted(at: Reached | None = None) -> Iterator[Refitted] | None:
             if not (chooses or not dry_run):
                 return None
-            return refit_blocks(source, plan, recipe, text, progress, means=means, reached=at, power=scores.power)
+            return refit_blocks(source, plan, recipe, text, progress, means=means, reached=at, scores=scores)
 
         if writer is not None:
             space = sum(t.nbytes for t in source.checkpoint.tensors.values()) if source.checkpoint else 0

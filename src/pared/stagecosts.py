@@ -10,11 +10,12 @@ from pared import solves
 from pared.blockcosts import Block, Work
 from pared.budget import Amount, Budget
 from pared.budget.levels import ROUGHLY
+from pared.budget.narrow import OTHERS
 from pared.budget.search import CHILDREN, MOST_WORTH, SHARES
 from pared.budget.trials import FEW, KEPT, MOST_NEAR, split_rows
 from pared.budget.uniform import Shape, uniform_shapes
 from pared.criteria import get_criterion
-from pared.effort import GENERATIONS, measures, refits_inputs
+from pared.effort import GENERATIONS, measures, narrows, refits_inputs
 from pared.elimination import HELD_OUT
 from pared.reconstruct import between_looks
 from pared.unlikely import SCRAMBLED
@@ -115,9 +116,8 @@ def scoring(work: Work, blocks: list[Block], end: int) -> list[Stage]:
     if criterion.needs in ("removal", "runs"):
         most = layers * (1 if criterion.needs == "runs" else len(work.axes))
         held = (most + 2) * states
-    if criterion.needs == "rotation":  # a block in another basis beside it, in float64 while it is turned; the basis itself
-        fixed += block + 3 * 8 * big.largest + 8 * 6 * big.hidden**2
-        solved = 25.0 * big.hidden**3
+    if criterion.needs == "rotation":
+        return [embed, _rotation(work, blocks)]
     if criterion.needs == "removal":  # a pass for each removal, in which half of the candidates travel on the average
         rounds = max(1, round(recipe.share * most))
         passes = rounds * (most + 2) / 2
@@ -128,6 +128,28 @@ def scoring(work: Work, blocks: list[Block], end: int) -> list[Stage]:
             Stage("loss", c * end + _logits(work, 5), states=states),
         ]
     return [embed, Stage(criterion.name, fixed, row, held, block, read, flops=flops, solves=solved, touched=touched)]
+
+
+def _rotation(work: Work, blocks: list[Block]) -> Stage:
+    """The basis of the residual stream."""
+    big = max(blocks, key=lambda b: b.entries)
+    block = work.itemsize * big.entries
+    return Stage(
+        "rotation",
+        2 * block + 3 * 8 * big.largest + 8 * 6 * big.hidden**2,
+        _row(work, big),
+        2 * _states(work, big),
+        block,
+        _whole(work, blocks),
+        flops=_pass(work, blocks) + work.tokens * sum(4.0 * b.hidden**2 for b in blocks),
+        solves=25.0 * big.hidden**3,
+        touched=_touched(work, blocks),
+    )
+
+
+def _turning(work: Work, big: Block) -> Stage:
+    """A block beside itself in another basis, one matrix after the other in float64."""
+    return Stage("turning", 2 * work.itemsize * big.entries + 3 * 8 * big.largest, states=5 * _states(work, big))
 
 
 def _backward(work: Work, blocks: list[Block], end: int, score: int) -> list[Stage]:
@@ -188,20 +210,30 @@ def measuring(work: Work, blocks: list[Block], end: int) -> list[Stage]:
     big = max(blocks, key=lambda b: b.entries)
     split = split_rows(work.samples)
     compared = split.compared + split.compared // SCRAMBLED
+    narrow, found, name = narrows(recipe, work.layout, work.axes), [], "trials"
     if recipe.allocate == "search":
         rounds = 2 * (recipe.search_steps or GENERATIONS[recipe.effort]) + 1
         models, judged = CHILDREN + 1, split.many + split.many // SCRAMBLED
         # The children and their parent on a few sequences; then the best and two more on all, which take as much or less.
         run = max(split.few + SHARES[0] * judged, (split.few + judged) * (MOST_WORTH + 1) / (models + 1))
         gone = {n: models * (1 - recipe.share) for n, _, _ in big.consumers}
-        return _trials(work, blocks, end, "trials", models, split.few, run, gone, rounds=rounds, walked=True)
+        found = _trials(work, blocks, end, "trials", models, split.few, run, gone, rounds=rounds, walked=True)
+        if not narrow:
+            return found
+        name = "uniform trials"
     budget = Budget(work.layout, Amount(recipe.share, recipe.of), work.axes, experts_used=work.experts_used)
     shapes, widths = uniform_shapes(budget, brief=split.brief), [n for n, _, _ in big.consumers]
-    found = _trials(work, blocks, end, "trials", len(shapes), split.measured, compared, _gone(budget, shapes, widths))
+    found += _trials(work, blocks, end, name, len(shapes), split.measured, compared, _gone(budget, shapes, widths))
     near = min(len(shapes), MOST_NEAR)
     if split.again and near > 1:  # at most: where shapes come near each other
         gone = {n: near * (1 - recipe.share) for n in widths}
         found += _trials(work, blocks, end, "near trials", near, split.again, split.again + compared, gone, walked=True)
+    if narrow:
+        found += [_rotation(work, blocks), _turning(work, big)]
+        for models in (2, len(OTHERS)):  # the second, where the first is not hopeless
+            gone = {n: models * (1 - recipe.share) for n in widths}
+            run = split.again + compared
+            found += _trials(work, blocks, end, "narrow trials", models, split.again, run, gone, walked=True)
     return found
 
 
@@ -326,6 +358,8 @@ def walk(work: Work, blocks: list[Block], end: int) -> list[Stage]:
         ),
         Stage("refit: the solves", max(solving, default=0), states=states, block=block),
     ]
+    if work.recipe.criterion == "rotation":
+        found.append(_turning(work, big))
     return [*found, _reconstruction(work, blocks, states)] if work.recipe.reconstruct else found
 
 

@@ -25,6 +25,7 @@ from pared.spill import States
 from pared.stages import Dense, Stages, consumer_at, reads, run_from, stages_of
 from pared.stream import PROBE, Stream
 from pared.structure import Layout
+from pared.turned import TurnedStream
 
 # Added to the mean square of hidden states before it is divided by, as norms do.
 EPSILON = 1e-6
@@ -69,7 +70,8 @@ class Walk:
         self.gone, self.keep = keep is None, keep or {}
         self.sizes = self.layout.sizes_at(i)
         self.weights = {n: p.detach() for n, p in block.named_parameters()}
-        self.whole: dict[str, Tensor] = {}  # refitted, not yet cut
+        self.hidden = kept_sizes(self.keep).get("hidden")  # the leading channels, where some go
+        self.whole: dict[str, Tensor] = self._norms()  # refitted, not yet cut
         self.changed: dict[str, Tensor] = {}  # refitted and cut
         self.damping: dict[str, float | None] = {}
 
@@ -158,7 +160,7 @@ class Walk:
         """The mean square of the loss's gradient at what leaves the block, [hidden], where it was measured: what the last
         consumer adds to."""
         power = self.method.fisher.get((self.i, stages.order[-1])) if stages.adds and stages.order else None
-        return power if power is not None and power.ndim == 1 else None
+        return power[: self.hidden] if power is not None and power.ndim == 1 else None
 
     def _finish(self, entered: States, after: States, power: Tensor | None, *, last: bool) -> States | None:
         """The pruned stream from the block's start, its weights reconstructed before if that is wanted."""
@@ -170,7 +172,7 @@ class Walk:
                 module,
                 lambda m, h: self.stream.run(m, self.i, h),
                 entered,
-                after,
+                after if self.hidden is None else self.stream.pool.store(self._those(h) for h in after),
                 steps=self.method.steps,
                 sequences=self.method.step_of,
                 seed=self.method.seed + self.i,
@@ -198,10 +200,25 @@ class Walk:
     def _bias(self, name: str) -> Tensor | None:
         """A matrix's bias. One that was added before the consumers, where a config has one switch for all, stays zero."""
         beside = self._full(bias_of(name)) in self.layout.added and self._axes(name) == {"hidden"}
-        return None if beside else self.weights.get(bias_of(name))
+        bias = None if beside else self.weights.get(bias_of(name))
+        return bias if bias is None or self._axes(name) == {"hidden"} else bias[: self.hidden]
 
     def _weight(self, name: str) -> Tensor:
-        return oriented(self.layout, self.i, name, self.weights[name])
+        """A matrix as [out, in]; of one that writes to the stream the channels that stay."""
+        w = oriented(self.layout, self.i, name, self.weights[name])
+        return w if self._axes(name) == {"hidden"} else w[: self.hidden]
+
+    def _those(self, h: Tensor) -> Tensor:
+        """Of the dense stream's hidden channels those that stay."""
+        return h[..., : self.hidden]
+
+    def _norms(self) -> dict[str, Tensor]:
+        """The scales of norms that run over fewer channels than before."""
+        if self.hidden is None:
+            return {}
+        assert isinstance(self.stream, TurnedStream)
+        basis, named = self.stream.rotation, {n: self._full(n) for n in self.weights}
+        return {n: basis.norm(f, self.weights[n], self.hidden) for n, f in named.items() if f in basis.offsets}
 
     def _stored(self, name: str, w: Tensor) -> Tensor:
         return stored(self.layout, self._full(name), w, self.weights[name].dtype)
@@ -220,7 +237,8 @@ class Walk:
         """Matrices that read the same input, so that on x' they give what they gave on x."""
         module = self._module(self._done(dense.stages.order[:stage]))
         width = self._weight(group[0]).shape[1]
-        fit, held = halves_for(width, width, _tokens(now, few) // 2, self._device)
+        here = self.hidden or width
+        fit, held = halves_for(here, width, _tokens(now, few) // 2, self._device)
         row = 0
         for b, shape in enumerate(now[:few].like()):
             used = [k for k in range(shape.shape[0]) if self._row(row + k) // HELD_OUT % 2 == 0]
@@ -243,8 +261,8 @@ class Walk:
             for name in names:
                 w, bias = self._weight(name), self._bias(name)
                 self.damping[name] = damping
-                moved = w if change is None else change.onto(w).add_(w)
-                self.whole[name] = self._stored(name, moved)
+                moved = w[:, :here] if change is None else change.onto(w).add_(w[:, :here])
+                self.whole[name] = self._stored(name, moved if here == width else F.pad(moved, (0, width - here)))
                 if bias is not None:
                     self.whole[bias_of(name)] = (bias.double() + w.double() @ shift).to(bias)
         del fit, held, change
@@ -302,10 +320,10 @@ class Walk:
             here = consumer_at(self.stream, module, self.i, dense.stages, stage, now[b])
         assert here.a is not None and there.y is not None
         if not dense.stages.adds:
-            return here.a, there.y, None
+            return here.a, self._those(there.y), None
         after = self.beyond[b] if bridge and self.beyond is not None else there.residual + there.y
         size = after.float().square().mean(-1)
-        return here.a, after - here.residual, None if self.method.mode == "bias" else 1 / (size + EPSILON)
+        return here.a, self._those(after) - here.residual, None if self.method.mode == "bias" else 1 / (size + EPSILON)
 
     def _gives(self, name: str, a: Tensor) -> Tensor:
         """What a consumer, cut and refitted, adds to the stream; a: its input, all channels."""
@@ -359,7 +377,7 @@ class Walk:
         state = Elimination.from_sums(sums, w, centred=self._bias(name) is not None, scale=scale)
         fisher = self.method.fisher.get((self.i, name))
         if fisher is not None:
-            state.weigh(fisher)
+            state.weigh(fisher[: self.hidden] if fisher.ndim == 1 else fisher[: self.hidden, : self.hidden])
         process.return_freed_memory()  # what H and V were made with: they are the most that is held at once
         full = self._full(name)
         node = self.layout.tensors[full].dims[self.layout.consumers[full]]
@@ -376,7 +394,7 @@ class Walk:
 
     def _done(self, before: list[str]) -> dict[str, Tensor | Nested]:
         """The selection along the consumers that are cut already."""
-        done = self.skipped.union(*(self._axes(n) for n in before))
+        done = self.skipped.union({"hidden"}, *(self._axes(n) for n in before))
         return {a: k for a, k in self.keep.items() if a in done}
 
     def _cut(self, name: str, tensor: Tensor) -> Tensor:

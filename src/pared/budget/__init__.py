@@ -37,7 +37,8 @@ class Budget:
 
     protected: layers that stay as they are. experts_used: experts that each token visits, for flops.
     written_as: the model type that uniform sizes and a number of hidden channels would be written as, None where no
-    config can say them; by default every shape can be written. vocab: tokens that stay, where that is decided already.
+    config can say them; by default every shape can be written. vocab, hidden: tokens and hidden channels that stay, where that
+    is decided already.
     """
 
     layout: Layout
@@ -49,6 +50,7 @@ class Budget:
     experts_used: int | None = None
     written_as: Callable[[Sizes, int | None], str | None] | None = None
     vocab: int | None = None
+    hidden: int | None = None
     before: Account = field(init=False)
     target: float = field(init=False)
     _blocks: dict[tuple[object, ...], int] = field(default_factory=dict, init=False)
@@ -83,6 +85,7 @@ class Budget:
 
     def block_amount(self, layer: int, sizes: Mapping[str, int], hidden: int | None = None) -> int:
         """The amount that one block holds under given sizes (those not named are as they are)."""
+        hidden = self.hidden if hidden is None else hidden
         full = {**self.layout.sizes_at(layer), **sizes, **({} if hidden is None else {"hidden": hidden})}
         key = (self._kinds[layer], tuple(sorted(full.items())))
         if key not in self._blocks:
@@ -104,6 +107,7 @@ class Budget:
 
     def outside_amount(self, hidden: int | None = None) -> int:
         """The amount that lies outside of the blocks, with the tokens that stay."""
+        hidden = self.hidden if hidden is None else hidden
         if hidden not in self._outside:
             self._outside[hidden] = self.count([], hidden, self.vocab).amount(self.amount.of)
         return self._outside[hidden]

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from pared.budget import Budget
 from pared.budget.uniform import (
+    CLEARLY,
     MOST_MEASURED,
     PerLayer,
     Shape,
@@ -19,9 +20,6 @@ from pared.budget.uniform import (
 from pared.errors import UsageError
 
 Judge = Callable[[list[PerLayer]], list[float]]
-# A shape that loses layers has to be better by this factor: trial models are refitted to few tokens, which overstates
-# differences.
-CLEARLY = 1.05
 
 
 def allocate_mixed(budget: Budget, width: Judge, mixed: Judge, order: Sequence[int], *, brief: bool = False) -> Shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from pared.axes import Nested
 from pared.budget import Budget, Sizes
 from pared.budget.mixture import allocate_mixed
+from pared.budget.narrow import allocate_narrowed
 from pared.budget.ranked import allocate_ranked, check_reach
 from pared.budget.search import search
 from pared.budget.timed import Times, allocate_timed
@@ -104,8 +105,11 @@ def make_plan(
         if allocate == "global":
             ranked = allocate_ranked(budget, scores)
             return _plan(budget, scores, ranked, _not_empty(layout, ranked), None, shape, provenance)
+        if judges is not None and judges.turned is not None:
+            chosen = allocate_uniform(budget, judges.uniform, brief=judges.brief)
+            budget = replace(budget, hidden=allocate_narrowed(budget, chosen, judges.narrowed).hidden)
         sizes, found = _search(budget, scores, judges, effort or Effort(), progress, journal)
-        return _plan(budget, scores, sizes, every, None, shape, {**(provenance or {}), "search": found})
+        return _plan(budget, scores, sizes, every, budget.hidden, shape, {**(provenance or {}), "search": found})
     _check_whole_layers(budget)
     if allocate != "uniform":
         raise UsageError(f"unknown allocation {allocate!r}", where="--allocate", fix=f"one of {', '.join(ALLOCATIONS)}")
@@ -119,6 +123,8 @@ def make_plan(
         chosen = allocate_mixed(budget, judges.uniform, mixed, worth[::-1], brief=judges.brief)
     elif judges is not None:
         chosen = allocate_uniform(budget, judges.uniform, brief=judges.brief)
+        if judges.turned is not None:
+            chosen = allocate_narrowed(budget, chosen, judges.narrowed)
     else:
         chosen = allocate_uniform(budget)
     kept = sorted(worth[: chosen.layers])
@@ -163,7 +169,7 @@ def _search(
     found = search(
         budget,
         starts,
-        judges.sequential,
+        functools.partial(judges.sequential, hidden=budget.hidden),
         generations=effort.generations,
         minutes=effort.minutes,
         seed=effort.seed,

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from pared import process
 from pared.budget import Sizes
-from pared.budget.levels import Levels, measure_levels
+from pared.budget.levels import Levels, Selection, measure_levels
 from pared.calibration import Batch, together
 from pared.distributed import own_rows, total_of
 from pared.spill import States
 from pared.stages import Remembered
 from pared.stream import Stream
+from pared.turned import TurnedStream
 from pared.unlikely import with_scrambled
 from pared.walk import Method, Walk
 
@@ -75,7 +76,9 @@ class Judges:
     uniform: the former, and those that come near the best as the latter does.
     All are judged on the calibration's text and on some of its tokens in random order as well, which tells what a shape
     loses on text of another kind.
+    narrowed: as the former two of those are compared, where hidden channels go as well.
     power: as in `Scores`: what weighs errors where the latter chooses units. brief: few uniform shapes are worth trying.
+    turned: the model in the basis that hidden channels are cut in, where they may go.
     """
 
     def __init__(
@@ -85,10 +88,11 @@ class Judges:
         rows: Sequence[Batch],
         batch: int,
         power: Mapping[tuple[int, str], Tensor] | None = None,
+        turned: TurnedStream | None = None,
     ) -> None:
         split = split_rows(len(rows))
         many, compared = split.many, split.compared
-        self.stream, self.axes = stream, axes
+        self.stream, self.axes, self.turned = stream, axes, turned
         # Rows that are judged by come first, those that are fitted to after them; a single row has to do for both.
         self.judged = together(own_rows(with_scrambled(rows[:many])), batch)
         self.fit = together(own_rows(rows[many : many + split.few] or rows[:1]), batch)
@@ -115,18 +119,27 @@ class Judges:
         if len(near) < 2 or self.brief or not 0 < least < math.inf:
             return losses
 
-        found = self._walked([shapes[k] for k in near], self.again, self.compared)
+        found = self._walked(self.stream, [shapes[k] for k in near], self.again, self.compared)
         # On the scale of the others, which lose more than the best of these.
         for k, loss in zip(near, found, strict=True):
             losses[k] = loss * least / max(found[0], math.ulp(0.0))
         return losses
 
-    def sequential(self, shapes: Sequence[Shape], share: float) -> list[float]:
+    def sequential(self, shapes: Sequence[Shape], share: float, hidden: int | None = None) -> list[float]:
+        """hidden: of all shapes, where channels of the residual stream go as well."""
         judged = self.judged[: max(1, round(share * len(self.judged)))]
-        return self._walked(shapes, self.fit, judged, self._power, self._levels)
+        if hidden is None or self.turned is None:
+            return self._walked(self.stream, shapes, self.fit, judged, self._power, self._levels)
+        shapes = [{i: {**own, "hidden": hidden} for i, own in shape.items()} for shape in shapes]
+        return self._walked(self.turned, shapes, self.fit, judged, self.turned.power(self._power), self._levels)
+
+    def narrowed(self, shapes: Sequence[Shape]) -> list[float]:
+        assert self.turned is not None
+        return self._walked(self.turned, shapes, self.again, self.compared)
 
     def _walked(
         self,
+        stream: Stream,
         shapes: Sequence[Shape],
         fit: Sequence[Batch],
         judged: Sequence[Batch],
@@ -137,14 +150,14 @@ class Judges:
 
         def levels(i: int, block: nn.Module, dense: States) -> tuple[States, Levels]:
             if kept is not None and i in kept:
-                return self.stream.pool.store(), kept[i]
+                return stream.pool.store(), kept[i]
             own = {name: value for (layer, name), value in (power or {}).items() if layer == i}
-            _, made = measure_levels(self.stream, block, i, dense[: len(fit)], self.axes, own)
-            if kept is not None and self.stream.num_layers * made.nbytes <= KEPT:
+            _, made = measure_levels(stream, block, i, dense[: len(fit)], self.axes, own)
+            if kept is not None and stream.num_layers * made.nbytes <= KEPT:
                 kept[i] = made
-            return self.stream.pool.store(), made
+            return stream.pool.store(), made
 
-        return score_shapes(self.stream, levels, shapes, fit, judged)
+        return score_shapes(stream, levels, shapes, fit, judged)
 
 
 def score_shapes(
@@ -159,7 +172,8 @@ def score_shapes(
     """KL to the dense model of each shape, on `batches`. levels: gives a block's levels from the dense hidden
     states that enter it, when its turn comes.
 
-    Layers of which a shape has no unit of "layer" are passed by; the block before them is refitted to bridge the gap.
+    Layers of which a shape has no unit of "layer" are passed by; the block before them is refitted to bridge the gap. A shape
+    with fewer hidden channels, the same in all layers, has the first of those that the stream counts.
 
     Each candidate is refitted block by block on what its own earlier blocks give for the sequences in `fit`; where there
     are none, on dense inputs. only_seen: sequences that only the dense model runs, for `levels`, which gets them first.
@@ -169,7 +183,7 @@ def score_shapes(
     entered = stream.embed([*only_seen, *fit, *batches])
     seen_only, dense = entered[:skip], entered[skip:]
     # Candidates that are alike up to here share one path: the number of the path that each is on; 0 is the dense one.
-    paths, on = [dense], [0] * len(shapes)
+    paths, on = _entering(stream, dense, shapes)
     for i in range(stream.num_layers):
         gaps = [_gap(shape, i, stream.num_layers) if fit else 0 for shape in shapes]
         beyond = _past(stream, i, dense[: len(fit)], set(gaps))
@@ -200,13 +214,13 @@ def _through(
     """
     fit, gaps, beyond = bridged
     dense = paths[0]
-    keys = [tuple(sorted(here.shrunk(shape.get(i, {})).items())) for shape in shapes]
+    keys = [tuple(sorted((here.shrunk(shape.get(i, {})) | _hidden(shape, i)).items())) for shape in shapes]
     if not fit:
         here.prepare([dict(k) for k in keys], stream.pool)
     steps: dict[tuple[int, Key, int], int] = {(0, (), 0): 0}
     after, seen, now = [], None, list(on)
     if fit and (any(keys) or any(gaps)):
-        walk = Walk(stream, i, block, here.select(dict(next((k for k in keys if k), ()))), method)
+        walk = Walk(stream, i, block, _select(here, next((k for k in keys if k), ())), method)
         seen = Remembered(stream, block, i, walk.stages(dense), dense, fit)
         after.append(seen.at)
     else:
@@ -219,7 +233,7 @@ def _through(
             if not _stays(shapes[k], i):
                 after.append(before)
             elif seen is not None and (key or gaps[k]):
-                walk = Walk(stream, i, block, here.select(dict(key)), method, beyond.get(gaps[k]))
+                walk = Walk(stream, i, block, _select(here, key), method, beyond.get(gaps[k]))
                 moved = walk.follow(seen, before[:] if on[k] else None)
                 after.append(after[0] if moved is None else moved)
             else:
@@ -227,6 +241,29 @@ def _through(
                 after.append(stream.through(here.module(stream, block, dict(key)), i, before, keep=True))
         now[k] = steps[step]
     return after, now
+
+
+def _hidden(shape: Shape, i: int) -> Sizes:
+    """Of a shape with fewer hidden channels, their number."""
+    return {a: n for a, n in shape.get(i, {}).items() if a == "hidden"}
+
+
+def _entering(stream: Stream, dense: States, shapes: Sequence[Shape]) -> tuple[list[States], list[int]]:
+    """The paths that enter the first block, one for each number of hidden channels, and which of them each shape is on."""
+    widths = [_hidden(shape, 0).get("hidden", 0) for shape in shapes]
+    paths, place = [dense], {0: 0}
+    for width in widths:
+        if width not in place:
+            place[width] = len(paths)
+            paths.append(stream.pool.store(h[..., :width].clone() for h in dense))
+    return paths, [place[width] for width in widths]
+
+
+def _select(here: Levels, key: Key) -> Selection:
+    """The units of a block that stay under some sizes, of hidden channels the first."""
+    sizes = dict(key)
+    out = here.select(sizes)
+    return {**out, "hidden": torch.arange(sizes["hidden"])} if "hidden" in sizes else out
 
 
 def _stays(shape: Shape, i: int) -> bool:

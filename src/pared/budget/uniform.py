@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pared.budget import Budget, Sizes
@@ -24,6 +24,9 @@ MOST_TRIED = 1024
 MOST_MEASURED = 5
 FEW_MEASURED = 3
 UNBALANCED = 0.3
+# A shape that loses another kind of structure as well, whole layers or hidden channels, has to be better by this factor: trial
+# models are refitted to few tokens, which overstates differences.
+CLEARLY = 1.05
 
 
 PerLayer = dict[int, Sizes]
@@ -37,6 +40,10 @@ class Shape:
     layers: int
     hidden: int | None
     removed: int
+
+    def lost(self, full: Sizes, axes: Sequence[str]) -> float:
+        """The share that axes lose together of what is inside each other, as query heads in KV groups are."""
+        return 1 - math.prod(self.sizes.get(a, full[a]) / full[a] for a in axes if a in full)
 
 
 def allocate_uniform(
@@ -62,8 +69,9 @@ def uniform_shapes(budget: Budget, *, brief: bool = False) -> list[Shape]:
 
 
 def per_layer(budget: Budget, shape: Shape) -> PerLayer:
-    """A uniform shape as sizes for each layer."""
-    return {i: {} if i in budget.protected else dict(shape.sizes) for i in range(budget.layout.num_layers)}
+    """A uniform shape as sizes for each layer, of hidden channels where some go."""
+    hidden = {} if shape.hidden in (None, budget.layout.sizes["hidden"]) else {"hidden": shape.hidden}
+    return {i: hidden | ({} if i in budget.protected else shape.sizes) for i in range(budget.layout.num_layers)}
 
 
 def _spread(budget: Budget, shapes: list[tuple[float, Shape]], brief: bool) -> list[tuple[float, Shape]]:
@@ -76,10 +84,7 @@ def _spread(budget: Budget, shapes: list[tuple[float, Shape]], brief: bool) -> l
     near = [s for s in shapes if imbalance(budget, s[1]) <= far]
     full = budget.full()
 
-    def attention(shape: Shape) -> float:
-        return math.prod(shape.sizes.get(a, full[a]) / full[a] for a in ("kv", "query") if a in full)
-
-    near.sort(key=lambda s: (attention(s[1]), s[0]))
+    near.sort(key=lambda s: (-s[1].lost(full, ("kv", "query")), s[0]))
     varied = [a for a in ("kv", "query") if len({s.sizes.get(a) for _, s in near}) > 1]
     most = FEW_MEASURED if brief and len(varied) == 1 else MOST_MEASURED
     if len(near) > most:
@@ -104,6 +109,12 @@ def enough_removed(budget: Budget) -> list[tuple[float, Shape]]:
     if not enough:
         raise budget.unreachable(most)
     return sorted(enough, key=lambda e: e[0])
+
+
+def filled(budget: Budget, hidden: int) -> list[Shape]:
+    """Shapes with so many hidden channels, every combination of coarse sizes completed to the amount as far as FFNs can."""
+    alike = budget.alike(range(budget.layout.num_layers))
+    return [_fill(budget, {**coarse, "hidden": hidden}, alike) for coarse in _coarse_levels(budget)]
 
 
 def best_written(budget: Budget, shapes: list[tuple[float, Shape]], *, relative: bool = False) -> Shape:

@@ -153,6 +153,8 @@ def plan(
     from pared.report.console import Reporter
     from pared.run import prune as run
 
+    if base.get("narrow") is None:
+        settings.setdefault("narrow", False)  # a plan holds no basis
     with Reporter() as progress:
         result = run(model, base=base, dry_run=True, progress=progress, **settings)
     _write(out, result.plan.to_json())

@@ -1,0 +1,49 @@
+"""A narrower residual stream beside smaller blocks: whether hidden channels go as well, decided by the loss of trial models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from pared.budget import Budget
+from pared.budget.uniform import CLEARLY, PerLayer, Shape, best_written, filled, per_layer
+
+# What part of the amount hidden channels are to give: the first that is tried, and the others where it is not hopeless, which
+# is to lose so many times what the shape loses that keeps them all.
+FIRST, OTHERS, HOPELESS = 1 / 4, (1 / 8, 1 / 2, 3 / 4), 1.5
+# Most configs want as many hidden channels as their heads divide; where that is no more than this share of them, it is met.
+FINE = 1 / 16
+
+
+def allocate_narrowed(budget: Budget, wide: Shape, judge: Callable[[list[PerLayer]], list[float]]) -> Shape:
+    """A uniform shape that keeps every hidden channel, or the best of some that do not where it does clearly better.
+
+    judge: gives the loss of shapes, sizes for each layer.
+    """
+    tried = [wide, *_narrower(budget, wide, [FIRST])]
+    if len(tried) == 1:
+        return wide
+    losses = judge([per_layer(budget, shape) for shape in tried])
+    if losses[1] <= HOPELESS * losses[0] and (more := _narrower(budget, wide, OTHERS)):
+        tried, losses = tried + more, losses + judge([per_layer(budget, shape) for shape in more])
+    losses = [loss * (1 if shape is wide else CLEARLY) for loss, shape in zip(losses, tried, strict=True)]
+    return best_written(budget, sorted(zip(losses, tried, strict=True), key=lambda e: e[0]), relative=True)
+
+
+def _narrower(budget: Budget, wide: Shape, parts: Sequence[float]) -> list[Shape]:
+    """For each part the shape whose attention loses the most nearly what it loses in `wide`, less that part of it."""
+    full, total = budget.full(), budget.before.amount(budget.amount.of)
+    step = math.lcm(budget.step("hidden"), full.get("kv", 1) * full.get("query", 1))
+    if step > FINE * full["hidden"]:
+        step = budget.step("hidden")
+    found: dict[int, Shape] = {}
+    for part in parts:
+        hidden = round(full["hidden"] * (1 - part * budget.amount.remove)) // step * step
+        shapes = [s for s in filled(budget, hidden) if s.removed >= budget.target] if 0 < hidden < full["hidden"] else []
+        wanted = (1 - part) * wide.lost(full, ("kv", "query"))
+        if shapes:
+            found[hidden] = min(
+                shapes,
+                key=lambda s: abs(s.lost(full, ("kv", "query")) - wanted) + 10 * (s.removed - budget.target) / total,
+            )
+    return list(found.values())
