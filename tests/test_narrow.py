@@ -207,6 +207,13 @@ def spare(storyteller: Path) -> tuple[PreTrainedModel, Any, Tensor, Windows]:
     return model, tokenizer, calibration, Windows(test, torch.ones(len(test), dtype=torch.int64), None, len(test), test.numel())
 
 
+def text_of(spare: tuple[PreTrainedModel, Any, Tensor, Windows], folder: Path) -> Path:
+    """The calibration windows as a file of text."""
+    rows = [json.dumps({"text": spare[1].decode(row, skip_special_tokens=True)}) for row in spare[2]]
+    (folder / "text.jsonl").write_text("\n".join(rows))
+    return folder / "text.jsonl"
+
+
 def kl(spare: tuple[PreTrainedModel, Any, Tensor, Windows], model: PreTrainedModel | None) -> float:
     assert model is not None
     return measure(logits_of(model), spare[3], against=logits_of(spare[0])).kl or 0.0
@@ -230,6 +237,27 @@ def test_the_default_takes_what_the_stream_has_to_spare(spare: Any, storyteller:
     assert stock.config.hidden_size == written.plan.sizes(None, Source.open(storyteller).layout)["hidden"] < 192
     assert sum(p.numel() for p in stock.parameters()) == written.plan.after.params
     assert tiny.close(tiny.logits(stock, spare[3].ids), tiny.logits(narrow.model, spare[3].ids), 2e-2)
+
+
+def test_a_new_user_is_told_what_became_of_the_stream(spare: Any, storyteller: Path, tmp_path: Path) -> None:
+    flags = (
+        "--calibration",
+        text_of(spare, tmp_path),
+        "--samples",
+        ENOUGH,
+        "--seq-len",
+        32,
+        "--remove",
+        0.2,
+        "--reconstruct",
+        0,
+    )
+    done = command("prune", storyteller, "-o", tmp_path / "out", *flags)
+    assert done.code == 0, done.err
+    hidden = Checkpoint.open(tmp_path / "out").config["hidden_size"]
+    assert hidden < 192 and hidden % 8 == 0 and f"hidden {hidden}" in done.err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{hidden} channels, in a basis of its own" in card and "{" not in card.partition("```")[0]
 
 
 def test_hidden_channels_alone_are_made_up_for_too(spare: Any) -> None:
@@ -281,10 +309,7 @@ def test_a_model_that_another_basis_would_change_keeps_its_channels_and_says_why
 
 def test_a_plan_alone_keeps_every_channel(spare: Any, storyteller: Path, tmp_path: Path) -> None:
     """For it holds no basis."""
-    (tmp_path / "text.jsonl").write_text(
-        "\n".join(json.dumps({"text": spare[1].decode(row, skip_special_tokens=True)}) for row in spare[2])
-    )
-    flags = ("--calibration", tmp_path / "text.jsonl", "--samples", ENOUGH, "--seq-len", 32, "--remove", 0.2)
+    flags = ("--calibration", text_of(spare, tmp_path), "--samples", ENOUGH, "--seq-len", 32, "--remove", 0.2)
     done = command("plan", storyteller, "-o", tmp_path / "plan.json", *flags)
     assert done.code == 0, done.err
     assert not Plan.load(tmp_path / "plan.json").rotated

@@ -121,7 +121,7 @@ def find_rotation(stream: Stream, batches: Sequence[Batch], progress: Callable[[
     for h in hidden.drain():
         _gather(second)(nn.Identity(), (h,))
     total(second)
-    energy, basis = torch.linalg.eigh(second / second.trace())
+    energy, basis = once(lambda: tuple(torch.linalg.eigh(second / second.trace())))  # one basis for all processes
     return Rotation(basis.flip(1), energy.flip(0).clamp(min=0), found.fed_by, found.offsets)
 
 

@@ -6,26 +6,23 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pared import process
-from pared.axes import Nested, indices
-from pared.blockparts import bias_of, consumers_of, cut, input_axes, matrices, oriented, owner, rebuilt, stored
+from pared.blockparts import bias_of, oriented, owner
+from pared.cutblock import CutBlock
 from pared.distributed import once
 from pared.elimination import HELD_OUT, Elimination, Sums, add_sequence, choose_units, halves_for
 from pared.errors import UsageError
 from pared.expertfit import refit_experts, stacks_of
-from pared.gaps import Kept, goes, skipped_in
+from pared.gaps import Kept, goes
 from pared.leastsquares import DAMPING, best_bias, refit_guarded, transfer
 from pared.plan import kept_sizes
 from pared.reconstruct import SEQUENCES, reconstruct
 from pared.spill import States
 from pared.stages import Dense, Stages, consumer_at, reads, run_from, stages_of
 from pared.stream import PROBE, Stream
-from pared.structure import Layout
-from pared.turned import TurnedStream
 
 # Added to the mean square of hidden states before it is divided by, as norms do.
 EPSILON = 1e-6
@@ -55,7 +52,7 @@ class Method:
     guarded: bool = True
 
 
-class Walk:
+class Walk(CutBlock):
     """One block's walk: the dense stream stage by stage, choose and refit, and the pruned one after it. keep None: it goes.
 
     beyond: the dense stream past what goes right behind the last consumer that stays; None where nothing does.
@@ -64,20 +61,9 @@ class Walk:
     def __init__(
         self, stream: Stream, i: int, block: nn.Module, keep: Kept | None, method: Method, beyond: States | None = None
     ) -> None:
-        self.skipped, self.beyond = skipped_in(keep or {}), beyond
-        self.stream, self.i, self.block, self.method = stream, i, block, method
-        self.layout: Layout = stream.layout
-        self.gone, self.keep = keep is None, keep or {}
-        self.sizes = self.layout.sizes_at(i)
-        self.weights = {n: p.detach() for n, p in block.named_parameters()}
-        self.hidden = kept_sizes(self.keep).get("hidden")  # the leading channels, where some go
-        self.whole: dict[str, Tensor] = self._norms()  # refitted, not yet cut
-        self.changed: dict[str, Tensor] = {}  # refitted and cut
+        super().__init__(stream, i, block, keep or {})
+        self.method, self.beyond, self.gone = method, beyond, keep is None
         self.damping: dict[str, float | None] = {}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is not merely cut, in its final form."""
-        return {**{n: self._cut(n, t) for n, t in self.whole.items()}, **self.changed}
 
     def through(self, x: States, pruned: States | None, *, last: bool = False) -> tuple[States, States | None]:
         """Both streams through the block, which are given up on the way. pruned None: it is the dense one still.
@@ -181,51 +167,6 @@ class Walk:
             )
             self.changed = {n: p.detach() for n, p in module.named_parameters()}
         return None if last else self.stream.through(module, self.i, entered)
-
-    # ---- what there is in the block --------------------------------------------------------------------------------
-
-    def _full(self, name: str) -> str:
-        return f"{self.layout.prefix}.{self.i}.{name}"
-
-    def _axes(self, name: str) -> frozenset[str]:
-        return input_axes(self.layout, self.i, name)
-
-    def _consumers(self) -> list[str]:
-        return list(consumers_of(self.layout, self.i, self.weights))
-
-    def _producers(self) -> list[str]:
-        """Matrices that read the residual stream."""
-        return [n for n in matrices(self.layout, self.i, self.weights) if self._axes(n) == {"hidden"}]
-
-    def _bias(self, name: str) -> Tensor | None:
-        """A matrix's bias. One that was added before the consumers, where a config has one switch for all, stays zero."""
-        beside = self._full(bias_of(name)) in self.layout.added and self._axes(name) == {"hidden"}
-        bias = None if beside else self.weights.get(bias_of(name))
-        return bias if bias is None or self._axes(name) == {"hidden"} else bias[: self.hidden]
-
-    def _weight(self, name: str) -> Tensor:
-        """A matrix as [out, in]; of one that writes to the stream the channels that stay."""
-        w = oriented(self.layout, self.i, name, self.weights[name])
-        return w if self._axes(name) == {"hidden"} else w[: self.hidden]
-
-    def _those(self, h: Tensor) -> Tensor:
-        """Of the dense stream's hidden channels those that stay."""
-        return h[..., : self.hidden]
-
-    def _norms(self) -> dict[str, Tensor]:
-        """The scales of norms that run over fewer channels than before."""
-        if self.hidden is None:
-            return {}
-        assert isinstance(self.stream, TurnedStream)
-        basis, named = self.stream.rotation, {n: self._full(n) for n in self.weights}
-        return {n: basis.norm(f, self.weights[n], self.hidden) for n, f in named.items() if f in basis.offsets}
-
-    def _stored(self, name: str, w: Tensor) -> Tensor:
-        return stored(self.layout, self._full(name), w, self.weights[name].dtype)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self.weights.values())).device
 
     def _row(self, k: int) -> int:
         """The number of the k-th sequence here among those of all processes."""
@@ -383,39 +324,6 @@ class Walk:
         node = self.layout.tensors[full].dims[self.layout.consumers[full]]
         wanted = {a: n for a, n in kept_sizes(self.keep).items() if a in axes}
         self.keep.update(once(lambda: choose_units(state, node, self.sizes, self.layout.parents, wanted)))
-
-    def _kept_columns(self, name: str) -> Tensor:
-        full = self._full(name)
-        dim = self.layout.consumers[full]
-        kept = indices(self.layout.tensors[full].dims[dim], self.sizes, self.keep, self.layout.shapes[full][dim])
-        return torch.arange(self.layout.shapes[full][dim]) if kept is None else kept
-
-    # ---- modules ---------------------------------------------------------------------------------------------------
-
-    def _done(self, before: list[str]) -> dict[str, Tensor | Nested]:
-        """The selection along the consumers that are cut already."""
-        done = self.skipped.union({"hidden"}, *(self._axes(n) for n in before))
-        return {a: k for a, k in self.keep.items() if a in done}
-
-    def _cut(self, name: str, tensor: Tensor) -> Tensor:
-        return cut(self.layout, self.i, name, tensor, self.keep)
-
-    def _module(self, keep: dict[str, Tensor | Nested]) -> nn.Module:
-        """The block with only `keep` applied, refitted tensors where there are some."""
-        if not keep and not self.changed and not self.whole:
-            return self.block
-        return rebuilt(self.stream, self.block, self.i, keep, self.whole, self.changed)
-
-    def _experts_whole(self, axes: set[str]) -> nn.Module:
-        """The block as it will be, but with every channel of its experts still there, and of what has their size by config.
-
-        Experts beside those that tokens are sent to do not change what these are given.
-        """
-        tied = {(a, leader) for a, (leader, _) in self.layout.follows.items()}
-        axes = axes | {a for a, leader in tied if leader in axes} | {leader for a, leader in tied if a in axes}
-        keep = {a: k for a, k in self.keep.items() if a not in axes}
-        final = {n: t for n, t in self.changed.items() if not axes & self.layout.tensors[self._full(n)].axes}
-        return rebuilt(self.stream, self.block, self.i, keep, self.whole, final)
 
 
 def _tokens(states: States, few: int) -> int:

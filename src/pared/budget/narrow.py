@@ -11,8 +11,9 @@ from pared.budget.uniform import CLEARLY, PerLayer, Shape, best_written, filled,
 # What part of the amount hidden channels are to give: the first that is tried, and the others where it is not hopeless, which
 # is to lose so many times what the shape loses that keeps them all.
 FIRST, OTHERS, HOPELESS = 1 / 4, (1 / 8, 1 / 2, 3 / 4), 1.5
-# Most configs want as many hidden channels as their heads divide; where that is no more than this share of them, it is met.
-FINE = 1 / 16
+# Most configs want hidden channels that their heads divide, quantised formats rows of whole blocks of up to so many: met where
+# it takes steps of no more than this share of them.
+ROW, FINE = 256, 1 / 16
 
 
 def allocate_narrowed(budget: Budget, wide: Shape, judge: Callable[[list[PerLayer]], list[float]]) -> Shape:
@@ -32,10 +33,7 @@ def allocate_narrowed(budget: Budget, wide: Shape, judge: Callable[[list[PerLaye
 
 def _narrower(budget: Budget, wide: Shape, parts: Sequence[float]) -> list[Shape]:
     """For each part the shape whose attention loses the most nearly what it loses in `wide`, less that part of it."""
-    full, total = budget.full(), budget.before.amount(budget.amount.of)
-    step = math.lcm(budget.step("hidden"), full.get("kv", 1) * full.get("query", 1))
-    if step > FINE * full["hidden"]:
-        step = budget.step("hidden")
+    full, total, step = budget.full(), budget.before.amount(budget.amount.of), _step(budget)
     found: dict[int, Shape] = {}
     for part in parts:
         hidden = round(full["hidden"] * (1 - part * budget.amount.remove)) // step * step
@@ -47,3 +45,12 @@ def _narrower(budget: Budget, wide: Shape, parts: Sequence[float]) -> list[Shape
                 key=lambda s: abs(s.lost(full, ("kv", "query")) - wanted) + 10 * (s.removed - budget.target) / total,
             )
     return list(found.values())
+
+
+def _step(budget: Budget) -> int:
+    """The multiple that kept hidden channels are rounded to; by --align, or by what formats want."""
+    full, least = budget.full(), budget.step("hidden")
+    most = FINE * full["hidden"]
+    row = 1 if budget.align is not None else min(ROW, 2 ** int(math.log2(max(1.0, most))))
+    step = math.lcm(least, row, full.get("kv", 1) * full.get("query", 1))
+    return step if step <= most else least

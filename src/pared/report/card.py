@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pared.models import NATIVE
-from pared.plan import Plan
+from pared.plan import Plan, from_ranges
 
 _UNIFORM = """```python
 from transformers import AutoModelForCausalLM
@@ -42,6 +42,12 @@ Tokens were removed too, and those that stay have new ids: use the tokenizer in 
 """
 
 
+_NARROW = """
+The residual stream was made narrower, {hidden} channels, {basis}.
+"""
+_BASIS = "in a basis of its own: hidden states are no part of the base model's, and the head shares nothing with the embeddings"
+
+
 _BIASES = """
 Matrices back into the residual stream have biases that the base model lacks, fitted to calibration text; they are counted.
 """
@@ -73,7 +79,11 @@ def model_card(plan: Plan, base: str, *, per_layer: bool, own_head_size: bool = 
     how = ", ".join(
         f"{k} {recipe[k]}" for k in ("criterion", "shape", "allocate", "calibration", "samples") if recipe.get(k) is not None
     )
-    words = (_BIASES if plan.biases else "") + (_VOCABULARY if plan.vocab is not None else "")
+    narrow = ""
+    if plan.hidden is not None:
+        hidden = len(from_ranges(plan.hidden))
+        narrow = _NARROW.format(hidden=hidden, basis=_BASIS if plan.rotated else "some of the base model's")
+    words = narrow + (_BIASES if plan.biases else "") + (_VOCABULARY if plan.vocab is not None else "")
     serve = _VLLM_PER_LAYER if per_layer else _VLLM_HEADS if own_head_size else ""
     versions = ", ".join(f"{k} {v}" for k, v in plan.provenance.get("versions", {}).items())
     return f"""---

@@ -96,6 +96,8 @@ def kept_units(plan: Any) -> dict[str, list[int]]:
     for layer in plan.layers:
         for axis, kept in layer.keep.items():
             found.setdefault(axis, []).append(len(from_ranges(kept if isinstance(kept, str) else kept[0])))
+    if plan.hidden is not None:
+        found["hidden"] = [len(from_ranges(plan.hidden))]
     return found
 
 
