@@ -4,7 +4,7 @@
 
 The work: a random Llama (hidden 1024, 16 heads, FFN 2816, vocabulary 32000, fp32) loses 20% of its blocks under default
 effort, calibrated on windows of 512 random tokens, 8 at a time; nothing is written. From 64 windows on that
-reconstructs. The plain forward pass is that of the resident model over the same tokens, logits included; without them
+reconstructs, and tries a narrower residual stream. The plain forward pass is that of the resident model over the same tokens, logits included; without them
 it grows with the layers as the method does. Each row is a process of its own with one thread; CPU time excludes the
 imports, memory is the process's peak (VmHWM) less that of a process that only imports the libraries. Of several runs in
 turn the least CPU time and the highest peak count.
@@ -32,7 +32,14 @@ MODES = {
     "blocks": "the same without the head",
     "forward": "plain forward pass, resident",
     "default": "default effort, uniform",
-    "closed": "default effort, uniform, without reconstruction",
+    "wide": "the same, hidden channels kept",
+    "closed": "the same, without reconstruction",
+}
+# What the rows under default effort leave out; below ENOUGH windows there is nothing of it to leave out.
+LEFT_OUT: dict[str, dict[str, object]] = {
+    "default": {},
+    "wide": {"narrow": False},
+    "closed": {"narrow": False, "reconstruct": 0},
 }
 
 
@@ -57,8 +64,8 @@ def work(mode: str, path: str) -> dict[str, float]:
         with torch.inference_mode():
             for rows in ids.split(BATCH):
                 run(input_ids=rows, use_cache=False)
-    elif mode in ("default", "closed"):
-        prune(path, remove=0.2, calibration=ids, batch=BATCH, dry_run=True, reconstruct=0 if mode == "closed" else None)
+    elif mode in LEFT_OUT:
+        prune(path, remove=0.2, calibration=ids, batch=BATCH, dry_run=True, **LEFT_OUT[mode])
     return {
         "seconds": time.perf_counter() - started,
         "cpu": time.process_time() - cpu,
@@ -108,7 +115,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         make_work(Path(folder), args.layers, args.windows)
-        rows = measured(__file__, [m for m in MODES if m != "closed" or args.windows >= ENOUGH], folder, args.repeat)
+        rows = measured(__file__, [m for m in MODES if not LEFT_OUT.get(m) or args.windows >= ENOUGH], folder, args.repeat)
     parts = held(args.windows)
     least, plain, blocks = sum(parts.values()), rows["forward"]["cpu"], rows["blocks"]["cpu"]
     lines = [
@@ -118,7 +125,7 @@ def main() -> None:
     for mode, row in rows.items():
         peak = row["peak"] - rows["imports"]["peak"]
         if mode != "imports":
-            of_held = f"{peak / least:.2f}" if mode in ("default", "closed") else "—"
+            of_held = f"{peak / least:.2f}" if mode in LEFT_OUT else "—"
             lines.append(
                 f"| {MODES[mode]} | {row['cpu']:.1f} | {row['cpu'] / plain:.2f} | {row['cpu'] / blocks:.2f} | {peak / 1e6:.0f} | {of_held} |"
             )

@@ -264,7 +264,11 @@ def test_hidden_channels_alone_are_made_up_for_too(spare: Any) -> None:
     settings: dict[str, Any] = {"criterion": "rotation", "structures": ("hidden",), "remove": 0.3, "calibration": spare[2]}
     cut = pared.prune(spare[0], compensate="none", **settings)
     refitted = pared.prune(spare[0], reconstruct=0, **settings)
-    assert cut.plan.hidden == refitted.plan.hidden
+    quick = pared.prune(spare[0], effort="quick", **settings)
+    assert cut.plan.hidden == refitted.plan.hidden == quick.plan.hidden
+    assert kl(spare, quick.model) == pytest.approx(kl(spare, refitted.model), rel=1e-3)
+    with pytest.raises(UsageError, match="basis of their own"):
+        pared.prune(spare[0], compensate="refit", **settings)
     assert kl(spare, refitted.model) < 0.9 * kl(spare, cut.model)
 
 

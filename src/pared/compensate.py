@@ -76,7 +76,7 @@ def compensate(
     method = method or Method()
     if method.steps and method.mode == "refit":
         raise UsageError("reconstruction needs the pruned stream", where="--compensate refit", fix="--compensate sequential")
-    if plan.hidden is not None and (method.mode != "sequential" or not isinstance(stream, TurnedStream)):
+    if plan.hidden is not None and (method.mode not in ("none", "sequential") or not isinstance(stream, TurnedStream)):
         raise UsageError(
             "fewer hidden channels are made up for in a basis of their own, in the walk of both streams",
             where="--compensate",

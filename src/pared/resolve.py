@@ -101,7 +101,8 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
     inner -= {"layer"} if inner - {"layer"} else set()  # scored by themselves then
     dense = all(a in get_criterion("obs").axes_or(axes) and a not in routed for a in inner)
     quick = recipe.effort == "quick"
-    compensate = recipe.compensate or ("refit" if quick and not recipe.reconstruct else "sequential")
+    dense_inputs = quick and not recipe.reconstruct and recipe.criterion != "rotation"
+    compensate = recipe.compensate or ("refit" if dense_inputs else "sequential")
     searches = (
         tried(source.layout, axes)
         and not quick
