@@ -55,6 +55,13 @@ def test_layers_of_different_sizes_are_served(family: str, vllm: Engine, tmp_pat
     serves(vllm, path)
 
 
+@pytest.mark.parametrize(("family", "shape"), [("llama", "uniform"), ("qwen3", "uniform"), ("llama", "per-layer")])
+def test_a_narrower_residual_stream_is_served(family: str, shape: str, vllm: Engine, tmp_path: Path) -> None:
+    path = checkpoints.narrow(family, tmp_path, shape=shape)
+    assert bool(entries(path)) == (shape == "per-layer")
+    serves(vllm, path)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "mixtral"])
 def test_biases_that_the_family_does_not_have_are_served(family: str, vllm: Engine, tmp_path: Path) -> None:
     path = checkpoints.with_biases(family, tmp_path)
