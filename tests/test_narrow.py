@@ -130,7 +130,7 @@ def test_a_consumer_comes_as_near_as_least_squares_can() -> None:
         after = tiny.hidden_states(small, IDS)[1]
     handle.remove()
     dense = tiny.hidden_states(model, IDS)[1].double() @ stream.rotation.basis
-    a, w = seen[0].flatten(0, 1).double(), block.mlp.down_proj.weight.double()
+    a, w = seen[0].flatten(0, 1).double(), block.mlp.down_proj.weight.detach().double()
     weight = 1 / (dense.square().mean(-1).flatten() + 1e-6)
     target = (dense[..., :24] - after).flatten(0, 1) + a @ w.T
 
@@ -139,7 +139,7 @@ def test_a_consumer_comes_as_near_as_least_squares_can() -> None:
             (weight[:, None] * (target - a @ of.T).square()).sum() / weight.sum() + 1e-2 * ridge * (of - cut).square().sum()
         )
 
-    cut = (stream.rotation.basis.T @ model.model.layers[0].mlp.down_proj.weight.double())[:24]
+    cut = (stream.rotation.basis.T @ model.model.layers[0].mlp.down_proj.weight.detach().double())[:24]
     ridge = float((weight[:, None] * a.square()).sum() / weight.sum() / a.shape[1])
     best = error(w)
     generator = torch.Generator().manual_seed(1)
@@ -191,7 +191,7 @@ def test_hidden_channels_go_where_that_loses_clearly_less() -> None:
     chosen = best(h0=1.0, **{f"h{first}": 0.5})
     assert chosen.removed >= budget.target and chosen.hidden == first and len(asked) == 2
     assert best(h0=1.0, **{f"h{h}": 0.97 for h in range(1, 32)}) is wide, "not clearly better"
-    assert best(h0=1.0) is wide and len(asked) == 1, "hopeless: the others are not tried"
+    assert best(h0=1.0) is wide and len(asked) == 1, "a little did not help: more is not tried"
     assert (
         sum(budget.block_amount(i, own) for i, own in per_layer(budget, chosen).items())
         <= budget.before.block_params - budget.target

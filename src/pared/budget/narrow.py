@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pared.budget import Budget
 from pared.budget.uniform import CLEARLY, PerLayer, Shape, best_written, filled, per_layer
 
-# What part of the amount hidden channels are to give: the first that is tried, and the others where it is not hopeless, which
-# is to lose so many times what the shape loses that keeps them all.
-FIRST, OTHERS, HOPELESS = 1 / 4, (1 / 8, 1 / 2, 3 / 4), 1.5
+# What part of the amount hidden channels are to give: the first that is tried, and the others where
+# that is better than none.
+FIRST, OTHERS = 1 / 4, (1 / 2, 3 / 4)
 # Most configs want hidden channels that their heads divide, quantised formats rows of whole blocks of up to so many: met where
 # it takes steps of no more than this share of them.
 ROW, FINE = 256, 1 / 16
@@ -25,7 +25,7 @@ def allocate_narrowed(budget: Budget, wide: Shape, judge: Callable[[list[PerLaye
     if len(tried) == 1:
         return wide
     losses = judge([per_layer(budget, shape) for shape in tried])
-    if losses[1] <= HOPELESS * losses[0] and (more := _narrower(budget, wide, OTHERS)):
+    if losses[1] < losses[0] and (more := _narrower(budget, wide, OTHERS)):
         tried, losses = tried + more, losses + judge([per_layer(budget, shape) for shape in more])
     losses = [loss * (1 if shape is wide else CLEARLY) for loss, shape in zip(losses, tried, strict=True)]
     return best_written(budget, sorted(zip(losses, tried, strict=True), key=lambda e: e[0]), relative=True)
