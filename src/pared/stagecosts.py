@@ -230,10 +230,10 @@ def measuring(work: Work, blocks: list[Block], end: int) -> list[Stage]:
         found += _trials(work, blocks, end, "near trials", near, split.again, split.again + compared, gone, walked=True)
     if narrow:
         found += [_rotation(work, blocks), _turning(work, big)]
-        for models in (2, len(OTHERS)):  # the second where the first gained
+        for name, models in (("narrow trials", 2), ("narrower trials", len(OTHERS))):  # the second where the first gained
             gone = {n: models * (1 - recipe.share) for n in widths}
             run = split.again + compared
-            found += _trials(work, blocks, end, "narrow trials", models, split.again, run, gone, walked=True)
+            found += _trials(work, blocks, end, name, models, split.again, run, gone, walked=True)
     return found
 
 
