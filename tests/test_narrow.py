@@ -290,6 +290,8 @@ def test_where_it_is_not_tried() -> None:
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
+        ({"effort": "quick"}, "--compensate sequential"),
+        ({"structures": ("vocab",), "keep_tokens_from": "words.txt"}, "the whole vocabulary"),
         ({"samples": 8}, "calibration windows"),
         ({"criterion": "taylor"}, "--criterion obs"),
         ({"of": "kv-cache"}, "an amount"),
@@ -298,8 +300,9 @@ def test_where_it_is_not_tried() -> None:
     ],
 )
 def test_asked_for_where_it_can_not_be(settings: dict[str, Any], wanted: str) -> None:
+    recipe = make_recipe({"samples": ENOUGH, "remove": 0.3, "narrow": True, **settings})
     with pytest.raises(UsageError, match=wanted) as caught:
-        pared.prune(tiny.model("llama"), narrow=True, calibration=MANY[: settings.pop("samples", None)], remove=0.3, **settings)
+        resolve(recipe, Source.open(tiny.model("llama")))  # before anything is read
     assert caught.value.where == "--narrow" and caught.value.fix == "--no-narrow"
 
 

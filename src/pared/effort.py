@@ -57,12 +57,12 @@ def narrows(recipe: Recipe, layout: Layout, axes: tuple[str, ...]) -> bool:
     if recipe.narrow is False or (recipe.narrow is None and recipe.structures is not None):
         return False
     reasons = {
+        "the whole vocabulary": recipe.keep_tokens_from is None,
         "--allocate uniform, or search": recipe.allocate == ("uniform" if recipe.shape == "uniform" else "search"),
         "--criterion obs and --compensate sequential": measures(recipe, layout, axes),
         f"{ENOUGH} or more calibration windows": recipe.windows >= ENOUGH,
         "heads and FFN channels, and no whole layers or experts": not {"layer", "expert"} & {*axes, *layout.parents.values()},
         "an amount that hidden channels are part of": recipe.of != "kv-cache",
-        "the whole vocabulary": recipe.keep_tokens_from is None,
     }
     missing = [what for what, there in reasons.items() if not there]
     if missing and recipe.narrow:

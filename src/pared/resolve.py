@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from pared import modeling
 from pared.calibration import Calibration, load_calibration, sample_from_model
 from pared.criteria import WHOLE, get_criterion
-from pared.effort import GENERATIONS, reconstruction, tried
+from pared.effort import GENERATIONS, narrows, reconstruction, tried
 from pared.errors import ModelError
 from pared.recipe import WINDOWS, Recipe, make_recipe
 from pared.source import Source
@@ -94,6 +94,7 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
     """
     axes = scored_axes(source.layout, recipe)
     if not axes:
+        narrows(recipe, source.layout, axes)  # which says where that can not be
         return recipe
     inside = not {"layer", "hidden"} & set(axes)
     routed = {"expert", *(a for a, parent in source.layout.parents.items() if parent == "expert")}
@@ -119,7 +120,7 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
     generations = recipe.search_steps or GENERATIONS[recipe.effort]
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     seq_len = recipe.seq_len or min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
-    return make_recipe(
+    resolved = make_recipe(
         recipe.model_dump(),
         allocate=allocate,
         criterion=criterion,
@@ -130,6 +131,8 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
         search_steps=generations if allocate == "search" else recipe.search_steps,
         seq_len=seq_len,
     )
+    narrows(resolved, source.layout, axes)
+    return resolved
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype | None:
