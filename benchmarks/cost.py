@@ -4,10 +4,10 @@
 
 The work: a random Llama (hidden 1024, 16 heads, FFN 2816, vocabulary 32000, fp32) loses 20% of its blocks under default
 effort, calibrated on windows of 512 random tokens, 8 at a time; nothing is written. From 64 windows on that
-reconstructs, and tries a narrower residual stream. The plain forward pass is that of the resident model over the same tokens, logits included; without them
-it grows with the layers as the method does. Each row is a process of its own with one thread; CPU time excludes the
-imports, memory is the process's peak (VmHWM) less that of a process that only imports the libraries. Of several runs in
-turn the least CPU time and the highest peak count.
+reconstructs, and tries a narrower residual stream. The plain forward pass is that of the resident model over the same
+tokens, logits included; without them it grows with the layers as the method does. Each row is a process of its own with one
+thread; CPU time excludes the imports, memory is the process's peak (VmHWM) less that of a process that only imports the
+libraries. Of several runs in turn the least CPU time and the highest peak count.
 
 What has to be held is one block's weights, the second moments of its consumers' and producers' inputs with their targets
 (C and X, in the float64 that they are solved in) and the two streams of hidden states.

@@ -197,12 +197,17 @@ def _feeds(
     return list(norms)
 
 
+def turned_block(stream: Stream, block: nn.Module, i: int, rotation: Rotation) -> nn.Module:
+    """Block i in another basis, all channels still there."""
+    layout, state = stream.layout, block.state_dict()
+    read = rotation.reader(layout, lambda n: state[layout.local(n)], layout.sizes["hidden"])
+    tensors = {layout.local(n): read(n) for n in layout.block_tensors(i) if layout.local(n) in state}
+    return surgery.rebuilt(block, stream.model, layout, i, {}, tensors)
+
+
 def _check(stream: Stream, block: nn.Module, i: int, found: Rotation, before: Tensor, after: Tensor) -> None:
     """ModelError unless the block, turned by any basis, does in it what the block does."""
-    layout, state = stream.layout, block.state_dict()
-    read = found.reader(layout, lambda n: state[layout.local(n)], layout.sizes["hidden"])
-    tensors = {layout.local(n): read(n) for n in layout.block_tensors(i) if layout.local(n) in state}
-    moved = surgery.rebuilt(block, stream.model, layout, i, {}, tensors)
+    layout, moved = stream.layout, turned_block(stream, block, i, found)
     basis = found.basis.to(before)
     want = after @ basis
     off = once(lambda: float((stream.run(moved, i, before @ basis) - want).norm() / want.norm()))

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pared import surgery
 from pared.calibration import Batch
-from pared.rotation import Rotation
+from pared.rotation import Rotation, turned_block
 from pared.spill import States
 from pared.stream import Stream
 
@@ -38,12 +37,9 @@ class TurnedStream(Stream):
     @contextlib.contextmanager
     def block(self, i: int) -> Iterator[nn.Module]:
         with super().block(i) as block:
-            layout, state = self.layout, block.state_dict()
-            read = self.rotation.reader(layout, lambda n: state[layout.local(n)], layout.sizes["hidden"])
-            tensors = {n: read(f"{layout.prefix}.{i}.{n}") for n in state if f"{layout.prefix}.{i}.{n}" in layout.tensors}
-            turned = surgery.rebuilt(block, self.model, layout, i, {}, tensors)
+            turned = turned_block(self, block, i, self.rotation)
             if self.weights is not None:  # the other has been of use
-                self.weights.unload(layout.block_tensors(i))
+                self.weights.unload(self.layout.block_tensors(i))
             yield turned
 
     @torch.no_grad()

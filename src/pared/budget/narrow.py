@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from pared.budget import Budget
 from pared.budget.uniform import CLEARLY, PerLayer, Shape, best_written, filled, per_layer
 
-# What part of the amount hidden channels are to give: the first that is tried, and the others where
-# that is better than none.
+# What part of the amount hidden channels are to give: the first that is tried, and the others where that is better than none.
 FIRST, OTHERS = 1 / 4, (1 / 2, 3 / 4)
 # Most configs want hidden channels that their heads divide, quantised formats rows of whole blocks of up to so many: met where
 # it takes steps of no more than this share of them.

@@ -18,7 +18,7 @@ from pared.budget.ranked import allocate_ranked, check_reach
 from pared.budget.search import search
 from pared.budget.timed import Times, allocate_timed
 from pared.budget.trials import Judges
-from pared.budget.uniform import allocate_uniform, uniform_shapes
+from pared.budget.uniform import Shape, allocate_uniform, uniform_shapes
 from pared.errors import UsageError
 from pared.estimate import Progress, silent
 from pared.journal import Journal
@@ -106,8 +106,7 @@ def make_plan(
             ranked = allocate_ranked(budget, scores)
             return _plan(budget, scores, ranked, _not_empty(layout, ranked), None, shape, provenance)
         if judges is not None and judges.turned is not None:
-            chosen = allocate_uniform(budget, judges.uniform, brief=judges.brief)
-            budget = replace(budget, hidden=allocate_narrowed(budget, chosen, judges.narrowed).hidden)
+            budget = replace(budget, hidden=_measured(budget, judges).hidden)
         sizes, found = _search(budget, scores, judges, effort or Effort(), progress, journal)
         return _plan(budget, scores, sizes, every, budget.hidden, shape, {**(provenance or {}), "search": found})
     _check_whole_layers(budget)
@@ -122,14 +121,18 @@ def make_plan(
         mixed = functools.partial(judges.sequential, share=1.0)
         chosen = allocate_mixed(budget, judges.uniform, mixed, worth[::-1], brief=judges.brief)
     elif judges is not None:
-        chosen = allocate_uniform(budget, judges.uniform, brief=judges.brief)
-        if judges.turned is not None:
-            chosen = allocate_narrowed(budget, chosen, judges.narrowed)
+        chosen = _measured(budget, judges)
     else:
         chosen = allocate_uniform(budget)
     kept = sorted(worth[: chosen.layers])
     sizes = {i: {} if i in budget.protected else dict(chosen.sizes) for i in kept}
     return _plan(budget, scores, sizes, kept, chosen.hidden, shape, provenance)
+
+
+def _measured(budget: Budget, judges: Judges) -> Shape:
+    """The uniform shape that trial models lose the least in, with fewer hidden channels where those may go and that is better."""
+    chosen = allocate_uniform(budget, judges.uniform, brief=judges.brief)
+    return chosen if judges.turned is None else allocate_narrowed(budget, chosen, judges.narrowed)
 
 
 def _not_empty(layout: Layout, sizes: Mapping[int, Sizes]) -> list[int]:

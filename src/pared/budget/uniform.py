@@ -77,8 +77,9 @@ def per_layer(budget: Budget, shape: Shape) -> PerLayer:
 def _spread(budget: Budget, shapes: list[tuple[float, Shape]], brief: bool) -> list[tuple[float, Shape]]:
     """Up to MOST_MEASURED of the shapes, the most balanced one among them, evenly over the attention that they keep.
 
-    brief: up to FEW_MEASURED where they differ in KV groups or in query heads alone, and so lie on a line. That one of them removes more than another, where FFN channels come in coarse steps, counts for nothing here: a shape
-    that loses less is the better one for being smaller too.
+    brief: up to FEW_MEASURED where they differ in KV groups or in query heads alone, and so lie on a line. That one of them
+    removes more than another, where FFN channels come in coarse steps, counts for nothing here: a shape that loses less is
+    the better one for being smaller too.
     """
     far = imbalance(budget, shapes[0][1]) + UNBALANCED
     near = [s for s in shapes if imbalance(budget, s[1]) <= far]
