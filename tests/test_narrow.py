@@ -151,11 +151,24 @@ def test_a_consumer_comes_as_near_as_least_squares_can() -> None:
 def test_trials_say_what_the_cut_model_loses() -> None:
     model = tiny.model("llama")
     stream = turned(model)
-    judges = Judges(Stream(model, stream.layout), ("ffn",), [Batch(row[None], None) for row in MANY], 8, None, stream)
+    told: list[str] = []
+    judges = Judges(
+        Stream(model, stream.layout),
+        ("ffn",),
+        [Batch(row[None], None) for row in MANY],
+        8,
+        progress=lambda stage, done, total: told.append(stage),
+    )
+    judges.turn()
     shapes = [{i: {"ffn": 40, **more} for i in range(3)} for more in ({}, {"hidden": 28})]
     wide, narrow = judges.narrowed(shapes)
     assert wide == pytest.approx(judges._walked(judges.stream, shapes[:1], judges.again, judges.compared)[0], rel=1e-3)
     assert narrow > wide
+    # What was compared in the model's own basis is not made again: the same numbers, and nothing is run for them.
+    judges.uniform([shapes[0], {**shapes[0], 2: {"ffn": 41}}])
+    told.clear()
+    assert judges.narrowed(shapes[:1])[0] == pytest.approx(wide, rel=1e-3) and not told
+    assert judges.narrowed(shapes) == pytest.approx([wide, narrow], rel=1e-3) and set(told) == {"narrow trials"}
     # Of hidden channels alone nothing is refitted by any choice: a model made by the walk itself.
     few = together([Batch(row[None], None) for row in MANY[:8]], 8)
     found = score_shapes(stream, lambda *a: judges_levels(stream, *a), [{i: {"hidden": 28} for i in range(3)}], few, few)

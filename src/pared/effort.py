@@ -19,7 +19,6 @@ from pared.recipe import Recipe
 from pared.scores import Scores
 from pared.stream import Stream, unpadded
 from pared.structure import Layout
-from pared.turned import TurnedStream
 from pared.unlikely import random_rows
 
 # Generations of a search, and steps of reconstruction at the highest effort.
@@ -71,11 +70,11 @@ def narrows(recipe: Recipe, layout: Layout, axes: tuple[str, ...]) -> bool:
 
 
 def judges(
-    stream: Stream, axes: tuple[str, ...], batches: list[Batch], size: int, scores: Scores, turned: TurnedStream | None
+    stream: Stream, axes: tuple[str, ...], batches: list[Batch], size: int, scores: Scores, progress: Progress
 ) -> Judges:
-    """What measures trial models, on the calibration's own sequences, `size` at a time. turned: where hidden channels may go."""
+    """What measures trial models, on the calibration's own sequences, `size` at a time."""
     batches = [Batch(row, None) for b in unpadded(batches) for row in b.input_ids.split(1)]
-    return Judges(stream, axes, batches, size, scores.power, turned)
+    return Judges(stream, axes, batches, size, scores.power, progress)
 
 
 def reselected(recipe: Recipe, layout: Layout) -> frozenset[str]:

@@ -90,11 +90,11 @@ def plan_pruning(
         if apart:
             few = together(own_rows(some_rows(calibration.batches(1) if calibration else [])), means.resources.batch)
             scores.of[None, "layer"] = layers_by_loss(stream, budget, few, going, progress)
-        turned, refused = None, {}
-        if narrows(recipe, now.layout, axes):
+        judging = judges(stream, axes, every, means.resources.batch, scores, progress) if measured else None
+        refused = {}
+        if judging is not None and narrows(recipe, now.layout, axes):
             try:
-                turned = TurnedStream(stream, find_rotation(stream, unpadded(mine), progress))
-                scores.of[None, "hidden"] = turned.rotation.energy.float()
+                scores.of[None, "hidden"] = judging.turn().energy.float()
             except ModelError as error:
                 if recipe.narrow:
                     raise
@@ -108,14 +108,15 @@ def plan_pruning(
             scores,
             shape=recipe.shape,
             allocate=recipe.allocate or "uniform",
-            judges=judges(stream, axes, every, means.resources.batch, scores, turned) if measured else None,
+            judges=judging,
             effort=Effort(recipe.search_steps or GENERATIONS[recipe.effort], recipe.search_minutes, recipe.seed),
             times=times,
             progress=progress,
             journal=journal,
         )
-        if made.hidden is not None and turned is not None:
-            scores.rotation, scores.power = turned.rotation, turned.power(scores.power)
+        if made.hidden is not None and judging is not None:
+            scores.rotation = find_rotation(stream, unpadded(mine), progress)
+            scores.power = TurnedStream(stream, scores.rotation).power(scores.power)
             made = recount(made, budget_of(now.untied(), recipe, axes, share))
         # After the weights were read: what identifies them was gathered on the way.
         said = {**provenance_of(source, recipe, calibration), **made.provenance, **refused}

@@ -88,8 +88,10 @@ def turn(layout: Layout, name: str, tensor: Tensor, basis: Tensor, scale: Tensor
     return out.to(tensor.dtype).contiguous()
 
 
-def find_rotation(stream: Stream, batches: Sequence[Batch], progress: Callable[[str, int, int], None]) -> Rotation:
-    """The principal basis of the stream on calibration tokens, and which norm is in front of what.
+def find_rotation(
+    stream: Stream, batches: Sequence[Batch], progress: Callable[[str, int, int], None], name: str = "rotation"
+) -> Rotation:
+    """The principal basis of the stream on calibration tokens, and which norm is in front of what. name: for progress.
 
     ModelError, with the reason, where the model is not the same in another basis: each block is tried in one.
     """
@@ -116,7 +118,7 @@ def find_rotation(stream: Stream, batches: Sequence[Batch], progress: Callable[[
                 handle.remove()
             _check(stream, block, i, found, before, after[0])
             hidden = after
-        progress("rotation", i + 1, stream.num_layers)
+        progress(name, i + 1, stream.num_layers)
     _outside(stream, found)
     for h in hidden.drain():
         _gather(second)(nn.Identity(), (h,))

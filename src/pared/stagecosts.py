@@ -130,20 +130,20 @@ def scoring(work: Work, blocks: list[Block], end: int) -> list[Stage]:
     return [embed, Stage(criterion.name, fixed, row, held, block, read, flops=flops, solves=solved, touched=touched)]
 
 
-def _rotation(work: Work, blocks: list[Block]) -> Stage:
-    """The basis of the residual stream."""
+def _rotation(work: Work, blocks: list[Block], name: str = "rotation", part: float = 1.0) -> Stage:
+    """The basis of the residual stream, from a part of the tokens."""
     big = max(blocks, key=lambda b: b.entries)
     block = work.itemsize * big.entries
     return Stage(
-        "rotation",
+        name,
         2 * block + 3 * 8 * big.largest + 8 * 6 * big.hidden**2,
         _row(work, big),
-        2 * _states(work, big),
+        int(2 * part * _states(work, big)),
         block,
         _whole(work, blocks),
-        flops=_pass(work, blocks) + work.tokens * sum(4.0 * b.hidden**2 for b in blocks),
+        flops=part * (_pass(work, blocks) + work.tokens * sum(4.0 * b.hidden**2 for b in blocks)),
         solves=25.0 * big.hidden**3,
-        touched=_touched(work, blocks),
+        touched=part * _touched(work, blocks),
     )
 
 
@@ -229,11 +229,12 @@ def measuring(work: Work, blocks: list[Block], end: int) -> list[Stage]:
         gone = {n: near * (1 - recipe.share) for n in widths}
         found += _trials(work, blocks, end, "near trials", near, split.again, split.again + compared, gone, walked=True)
     if narrow:
-        found += [_rotation(work, blocks), _turning(work, big)]
+        found += [_rotation(work, blocks, "trial rotation", split.again / work.samples), _turning(work, big)]
         for name, models in (("narrow trials", 2), ("narrower trials", len(OTHERS))):  # the second where the first gained
             gone = {n: models * (1 - recipe.share) for n in widths}
             run = split.again + compared
             found += _trials(work, blocks, end, name, models, split.again, run, gone, walked=True)
+        found.append(_rotation(work, blocks))
     return found
 
 

@@ -6,6 +6,7 @@ side, so that each block is read once. What is compared is KL(dense || candidate
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from pared.budget import Sizes
 from pared.budget.levels import Levels, Selection, measure_levels
 from pared.calibration import Batch, together
 from pared.distributed import own_rows, total_of
+from pared.estimate import Progress, silent
+from pared.rotation import Rotation, find_rotation
 from pared.spill import States
 from pared.stages import Remembered
 from pared.stream import Stream
@@ -76,9 +79,9 @@ class Judges:
     uniform: the former, and those that come near the best as the latter does.
     All are judged on the calibration's text and on some of its tokens in random order as well, which tells what a shape
     loses on text of another kind.
-    narrowed: as the former two of those are compared, where hidden channels go as well.
+    narrowed: as the former two of those are compared, where hidden channels go as well; `turn` comes before.
     power: as in `Scores`: what weighs errors where the latter chooses units. brief: few uniform shapes are worth trying.
-    turned: the model in the basis that hidden channels are cut in, where they may go.
+    turned: the model in a basis that hidden channels are cut in, where they may go. progress: hears of all but `sequential`.
     """
 
     def __init__(
@@ -88,11 +91,12 @@ class Judges:
         rows: Sequence[Batch],
         batch: int,
         power: Mapping[tuple[int, str], Tensor] | None = None,
-        turned: TurnedStream | None = None,
+        progress: Progress = silent,
     ) -> None:
         split = split_rows(len(rows))
         many, compared = split.many, split.compared
-        self.stream, self.axes, self.turned = stream, axes, turned
+        self.stream, self.axes, self.progress = stream, axes, progress
+        self.turned: TurnedStream | None = None
         # Rows that are judged by come first, those that are fitted to after them; a single row has to do for both.
         self.judged = together(own_rows(with_scrambled(rows[:many])), batch)
         self.fit = together(own_rows(rows[many : many + split.few] or rows[:1]), batch)
@@ -103,6 +107,16 @@ class Judges:
         self.brief = split.brief
         self._levels: dict[int, Levels] = {}
         self._power = power or {}
+        self._near: dict[tuple[tuple[int, Key], ...], float] = {}  # the loss of uniform shapes that were compared once more
+
+    def turn(self) -> Rotation:
+        """Find the basis that `narrowed` cuts hidden channels in, from what it fits to. ModelError where there is none.
+
+        That is a part of the tokens: enough to tell whether channels go, not to cut them by.
+        """
+        basis = find_rotation(self.stream, self.again, self.progress, "trial rotation")
+        self.turned = TurnedStream(self.stream, basis)
+        return basis
 
     def quick(self, shapes: Sequence[Shape]) -> list[float]:
         skip = len(self.measured)
@@ -110,7 +124,8 @@ class Judges:
         def levels(i: int, block: nn.Module, dense: States) -> tuple[States, Levels]:
             return measure_levels(self.stream, block, i, dense[:skip], self.axes)
 
-        return score_shapes(self.stream, levels, shapes, [], self.compared, only_seen=self.measured)
+        told = functools.partial(self.progress, "trials")
+        return score_shapes(self.stream, levels, shapes, [], self.compared, only_seen=self.measured, progress=told)
 
     def uniform(self, shapes: Sequence[Shape]) -> list[float]:
         losses = self.quick(shapes)
@@ -119,7 +134,8 @@ class Judges:
         if len(near) < 2 or self.brief or not 0 < least < math.inf:
             return losses
 
-        found = self._walked(self.stream, [shapes[k] for k in near], self.again, self.compared)
+        found = self._walked(self.stream, [shapes[k] for k in near], self.again, self.compared, name="near trials")
+        self._near = {_written(shapes[k]): loss for k, loss in zip(near, found, strict=True)}
         # On the scale of the others, which lose more than the best of these.
         for k, loss in zip(near, found, strict=True):
             losses[k] = loss * least / max(found[0], math.ulp(0.0))
@@ -135,7 +151,11 @@ class Judges:
 
     def narrowed(self, shapes: Sequence[Shape]) -> list[float]:
         assert self.turned is not None
-        return self._walked(self.turned, shapes, self.again, self.compared)
+        name = "narrower trials" if all(_hidden(shape, 0) for shape in shapes) else "narrow trials"
+        # With every channel there another basis is no other model: those that were compared so already are not again.
+        new = [shape for shape in shapes if _written(shape) not in self._near]
+        found = iter(self._walked(self.turned, new, self.again, self.compared, name=name) if new else ())
+        return [self._near[key] if (key := _written(shape)) in self._near else next(found) for shape in shapes]
 
     def _walked(
         self,
@@ -145,8 +165,10 @@ class Judges:
         judged: Sequence[Batch],
         power: Mapping[tuple[int, str], Tensor] | None = None,
         kept: dict[int, Levels] | None = None,
+        *,
+        name: str | None = None,
     ) -> list[float]:
-        """As the walk refits. kept: where levels that fit into memory stay from one call to the next."""
+        """As the walk refits. kept: where levels that fit into memory stay from one call to the next. name: for progress."""
 
         def levels(i: int, block: nn.Module, dense: States) -> tuple[States, Levels]:
             if kept is not None and i in kept:
@@ -157,7 +179,12 @@ class Judges:
                 kept[i] = made
             return stream.pool.store(), made
 
-        return score_shapes(stream, levels, shapes, fit, judged)
+        told = _untold if name is None else functools.partial(self.progress, name)
+        return score_shapes(stream, levels, shapes, fit, judged, progress=told)
+
+
+def _untold(done: int, total: int) -> None:
+    pass
 
 
 def score_shapes(
@@ -168,6 +195,7 @@ def score_shapes(
     batches: Sequence[Batch],
     *,
     only_seen: Sequence[Batch] = (),
+    progress: Callable[[int, int], None] = _untold,
 ) -> list[float]:
     """KL to the dense model of each shape, on `batches`. levels: gives a block's levels from the dense hidden
     states that enter it, when its turn comes.
@@ -192,6 +220,7 @@ def score_shapes(
             paths, on = _through(stream, i, block, here, shapes, paths, on, (len(fit), gaps, beyond), method)
             dense = paths[0]
             del here, block
+        progress(i + 1, stream.num_layers)
     last = [p[len(fit) :] for p in paths]
     found = [0.0, *divergences(stream, last[0], last[1:])]
     return [found[p] for p in on]
@@ -241,6 +270,10 @@ def _through(
                 after.append(stream.through(here.module(stream, block, dict(key)), i, before, keep=True))
         now[k] = steps[step]
     return after, now
+
+
+def _written(shape: Shape) -> tuple[tuple[int, Key], ...]:
+    return tuple(sorted((i, tuple(sorted(own.items()))) for i, own in shape.items()))
 
 
 def _hidden(shape: Shape, i: int) -> Sizes:
