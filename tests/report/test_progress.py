@@ -23,14 +23,14 @@ class Clock:
         return self.now
 
 
-def written(monkeypatch: pytest.MonkeyPatch, *, events: bool) -> list[str]:
+def written(monkeypatch: pytest.MonkeyPatch, *, events: bool, stage: str = "gradients") -> list[str]:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(console.time, "monotonic", Clock())
     with Reporter(events=events) as progress:
         progress.limit, progress.tokens = 8 << 30, 400
         for done in (1, 2, 3, 4):
-            progress("gradients", done, 4)
+            progress(stage, done, 4)
     return stream.getvalue().splitlines()
 
 
@@ -40,6 +40,12 @@ def test_a_program_gets_one_object_for_each_step(monkeypatch: pytest.MonkeyPatch
     # One of four blocks in ten seconds: 400 tokens through the model in forty.
     assert events[0]["tokens_per_s"] == 10.0 and [e["seconds_left"] for e in events] == [30.0, 20.0, 10.0, 0.0]
     assert all(0 < e["memory"] <= e["peak"] and e["limit"] == 8 << 30 for e in events)
+
+
+def test_trials_have_no_speed_in_tokens_of_the_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take a part of them, and several models."""
+    events = [json.loads(line) for line in written(monkeypatch, events=True, stage="near trials")]
+    assert [e["tokens_per_s"] for e in events] == [None] * 4 and [e["seconds_left"] for e in events] == [30.0, 20.0, 10.0, 0.0]
 
 
 def test_elsewhere_than_on_a_terminal_a_line_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:

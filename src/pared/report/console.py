@@ -18,6 +18,8 @@ from pared.process import resident_bytes
 # Cells of a table that goes to a file or a pipe should not be cut at the 80 columns that are assumed there.
 _WIDTH = 160
 _FIRST_LOG, _NEXT_LOG = 10.0, 15.0
+# Stages that take every token of the calibration through the model once. Others take a part, several models, or none.
+_PASSES = frozenset({"activations", "angles", "gradients", "refit", "rotation", "routing", "second moments"})
 
 
 def err() -> Console:
@@ -53,7 +55,8 @@ def _finite(data: Any) -> Any:
 class Reporter:
     """Shows how far a run is: call it with (stage, done, total). Bars on a terminal, a line now and then elsewhere.
 
-    limit: bytes that memory is to stay under. tokens: of the calibration, for a speed. events: write each call as one line
+    limit: bytes that memory is to stay under. tokens: of the calibration, for the
+    speed of stages that take all of them. events: write each call as one line
     of JSON to stderr instead, for a program.
     """
 
@@ -89,13 +92,14 @@ class Reporter:
         since, at = self._began.setdefault(stage, (self._last, 0))
         self._last = now
         pace = (done - at) / (now - since) if now > since else 0.0
+        tokens = self.tokens if stage in _PASSES else None
         event: dict[str, Any] = {
             "stage": stage,
             "done": done,
             "total": total,
             "seconds": round(now - self._started, 2),
             "seconds_left": round((total - done) / pace, 1) if pace else None,
-            "tokens_per_s": round(self.tokens * pace / total, 1) if self.tokens and pace else None,
+            "tokens_per_s": round(tokens * pace / total, 1) if tokens and pace else None,
             "memory": resident_bytes("VmRSS"),
             "peak": resident_bytes("VmHWM"),
             "limit": self.limit,
