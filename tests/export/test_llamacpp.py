@@ -21,7 +21,7 @@ from pared.modeling import load
 from pared.plan import LayerPlan, Plan
 from pared.proof import proved_layout
 from pared.run import apply_plan
-from tiny import close, cut, logits, model, save, tokens
+from tiny import close, cut, logits, model, narrow, save, tokens
 
 pytestmark = pytest.mark.llamacpp
 pytest.importorskip("llama_cpp")
@@ -86,6 +86,14 @@ def test_a_per_layer_checkpoint_does(family: str, structures: str, tmp_path: Pat
     done = export_gguf(tmp_path / "model")
     assert done.architecture == "deci"
     agree(done.path, load(tmp_path / "model"), tokens(2, 18))
+
+
+@pytest.mark.parametrize(("family", "shape"), [("llama", "uniform"), ("qwen3", "uniform"), ("llama", "per-layer")])
+def test_a_narrower_residual_stream_does(family: str, shape: str, tmp_path: Path) -> None:
+    path = narrow(model(family), tmp_path, shape=shape)
+    done = export_gguf(path)
+    assert (done.architecture == "deci") == (shape == "per-layer")
+    agree(done.path, load(path), tokens(2, 18))
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "global"])

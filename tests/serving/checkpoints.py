@@ -11,11 +11,9 @@ from transformers import PreTrainedModel
 
 import tiny
 from pared.accounting import account
-from pared.budget.trials import ENOUGH
-from pared.modeling import load
 from pared.plan import LayerPlan, Plan, to_ranges
 from pared.proof import proved_layout
-from pared.run import apply_plan, prune
+from pared.run import apply_plan
 from pared.structure import Layout
 
 _SIZES = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 96, "max_position_embeddings": 128}
@@ -61,24 +59,6 @@ def uniform(family: str, folder: Path, **changes: Any) -> Path:
     """A fifth less, in the family's own form."""
     out = folder / f"{family}-uniform"
     tiny.cut(dense(family, folder, **changes), out=out, remove=0.2)
-    return out
-
-
-def narrow(family: str, folder: Path, *, shape: str = "uniform") -> Path:
-    """A fifth less, hidden channels among it: the model writes to three quarters of its residual stream's directions."""
-    built = model(family)
-    size = built.config.hidden_size
-    inside = torch.linalg.qr(torch.randn(size, 3 * size // 4, generator=torch.Generator().manual_seed(7))).Q
-    with torch.no_grad():
-        for name, weight in built.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                weight.copy_(inside @ (inside.T @ weight))
-            elif "embed_tokens" in name:
-                weight.copy_(weight @ inside @ inside.T)
-    source, ids = tiny.save(built, folder / f"{family}-dense"), tiny.tokens(ENOUGH, 12)
-    out = folder / f"{family}-narrow"
-    done = prune(source, out=out, shape=shape, remove=0.2, calibration=ids, reconstruct=0, search_steps=1)
-    assert done.plan.rotated and load(out).config.hidden_size < size
     return out
 
 

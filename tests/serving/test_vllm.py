@@ -57,7 +57,7 @@ def test_layers_of_different_sizes_are_served(family: str, vllm: Engine, tmp_pat
 
 @pytest.mark.parametrize(("family", "shape"), [("llama", "uniform"), ("qwen3", "uniform"), ("llama", "per-layer")])
 def test_a_narrower_residual_stream_is_served(family: str, shape: str, vllm: Engine, tmp_path: Path) -> None:
-    path = checkpoints.narrow(family, tmp_path, shape=shape)
+    path = tiny.narrow(checkpoints.model(family), tmp_path, shape=shape)
     assert bool(entries(path)) == (shape == "per-layer")
     serves(vllm, path)
 
