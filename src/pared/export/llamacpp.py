@@ -29,6 +29,9 @@ class Engine:
         hush(self.lib)
         model_options = self.lib.llama_model_default_params()
         model_options.n_gpu_layers = 0
+        # Its kernels for AMX crash on quantised weights (ggml-org/llama.cpp#20824); the others take them as they are stored.
+        if b"AMX_INT8 = 1" in self.lib.llama_print_system_info():
+            model_options.use_extra_bufts = False
         self.model = self.lib.llama_model_load_from_file(str(path).encode(), model_options)
         if not self.model:
             raise ModelError("llama.cpp does not load this file", where=path, fix="export it again")
