@@ -55,9 +55,8 @@ def _finite(data: Any) -> Any:
 class Reporter:
     """Shows how far a run is: call it with (stage, done, total). Bars on a terminal, a line now and then elsewhere.
 
-    limit: bytes that memory is to stay under. tokens: of the calibration, for the
-    speed of stages that take all of them. events: write each call as one line
-    of JSON to stderr instead, for a program.
+    limit: bytes that memory is to stay under. tokens: of the calibration, for the speed of stages that take all of them.
+    events: write each call as one line of JSON to stderr instead, for a program.
     """
 
     def __init__(self, *, events: bool = False) -> None:
