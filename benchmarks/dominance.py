@@ -18,6 +18,7 @@ from pathlib import Path
 from long_context_report import plot
 
 DEFAULT = "pared default"
+HEADER = "\n| shape | removed | text | pared default | best other | its method | ratio of KL | seeds |\n|" + " --- |" * 8
 Scores = dict[int, dict[str, tuple[float, float]]]  # seed -> text -> (excess loss, KL)
 
 
@@ -35,10 +36,11 @@ def main() -> None:
             f"\n## {name}\n",
             f"Calibration: {Path(calibration).name}, {samples} windows of {length} tokens; "
             + (f"{scored} windows of each text." if scored else "all of each text."),
-            "\n| shape | removed | text | pared default | best other | its method | ratio of KL | seeds |\n|" + " --- |" * 8,
         ]
         for shape in ("uniform", "per-layer"):
             shares = sorted({share for s, share, _ in found if s == shape})
+            if shares:
+                lines.append(HEADER)
             for share in shares:
                 ours = found.get((shape, share, DEFAULT), {})
                 for text in texts:
