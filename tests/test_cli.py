@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,20 @@ def result(*arguments: object) -> dict[str, Any]:
 def test_the_command_line_is_there_before_torch_is() -> None:
     code = "import sys, pared.cli as c; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0
+
+
+def test_threads_that_wait_leave_the_cores_to_others(storyteller: Path) -> None:
+    """As OpenMP itself says when torch loads it."""
+
+    def spins(**own: str) -> str:
+        env = {k: v for k, v in ENVIRONMENT.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+        command = [sys.executable, "-m", "pared", "inspect", storyteller]
+        told = subprocess.run(command, capture_output=True, text=True, env={**env, "OMP_DISPLAY_ENV": "VERBOSE", **own}).stderr
+        found = re.search(r"GOMP_SPINCOUNT = '(\d+)'", told)
+        return found[1] if found else pytest.skip("this torch has another OpenMP than libgomp")
+
+    assert spins() == "10000"
+    assert spins(GOMP_SPINCOUNT="77") == "77" and int(spins(OMP_WAIT_POLICY="active")) > 1e6, "what the user says stands"
 
 
 @pytest.mark.parametrize("command", ["prune", "plan"])
