@@ -33,7 +33,6 @@ from pared.scores import Scores, named_power, power_of
 from pared.source import Source
 from pared.stream import unpadded
 from pared.surgery import cut_model, written_as
-from pared.turned import TurnedStream
 
 
 def plan_pruning(
@@ -116,7 +115,7 @@ def plan_pruning(
         )
         if made.hidden is not None and judging is not None:
             scores.rotation = find_rotation(stream, unpadded(mine), progress)
-            scores.power = TurnedStream(stream, scores.rotation).power(scores.power)
+            scores.power = scores.rotation.power(scores.power)
             made = recount(made, budget_of(now.untied(), recipe, axes, share))
         # After the weights were read: what identifies them was gathered on the way.
         said = {**provenance_of(source, recipe, calibration), **made.provenance, **refused}

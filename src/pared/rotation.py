@@ -9,7 +9,7 @@ basis as in SliceGPT (arXiv:2401.15024), with one Q for all blocks: what is left
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,11 @@ class Rotation:
     def factor(self, kept: int) -> float:
         """What norms over `kept` channels are multiplied with: the mean runs over fewer, and those hold a part of the energy."""
         return math.sqrt(len(self.energy) / kept * self.held(kept))
+
+    def power(self, of: Mapping[tuple[int, str], Tensor]) -> dict[tuple[int, str], Tensor]:
+        """Mean squares of gradients by channel, [hidden], in this basis, as if channels of the model's own did not correlate."""
+        square = self.basis.square().float().T
+        return {key: square @ value.to(square) for key, value in of.items()}
 
     def norm(self, name: str, old: Tensor, kept: int) -> Tensor:
         """The weight of a norm (its name, and the old weight) over so many channels."""

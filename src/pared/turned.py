@@ -7,7 +7,7 @@ and the head behind it. Hidden states of the first channels alone are those of a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,6 @@ class TurnedStream(Stream):
         self._basis = rotation.basis.to(self.device, torch.float32)
         last = next(norm for reader, norm in rotation.fed_by.items() if self.layout.layer_of(reader) is None)
         self._last_norm = self.model.get_submodule(last.rpartition(".")[0])
-
-    def power(self, of: Mapping[tuple[int, str], Tensor]) -> dict[tuple[int, str], Tensor]:
-        """Mean squares of gradients by channel, [hidden], in this basis, as if channels of the model's own did not correlate."""
-        square = self.rotation.basis.square().float().T
-        return {key: square @ value.to(square) for key, value in of.items()}
 
     @contextlib.contextmanager
     def block(self, i: int) -> Iterator[nn.Module]:

@@ -147,7 +147,7 @@ class Judges:
         if hidden is None or self.turned is None:
             return self._walked(self.stream, shapes, self.fit, judged, self._power, self._levels)
         shapes = [{i: {**own, "hidden": hidden} for i, own in shape.items()} for shape in shapes]
-        return self._walked(self.turned, shapes, self.fit, judged, self.turned.power(self._power), self._levels)
+        return self._walked(self.turned, shapes, self.fit, judged, self.turned.rotation.power(self._power), self._levels)
 
     def narrowed(self, shapes: Sequence[Shape]) -> list[float]:
         assert self.turned is not None
